@@ -1,0 +1,90 @@
+"""From logits and Lipschitz bounds to certified radii. Never sees weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is proven about a batch of inputs.
+
+    Attributes:
+        prediction: ``(N,)`` int64, the predicted classes.
+        radius: ``(N,)`` float64; no input closer than this in L2 has another prediction. Zero
+            where nothing is proven.
+    """
+
+    prediction: Tensor
+    radius: Tensor
+
+    def certified(self, labels: Tensor, epsilon: float) -> Tensor:
+        """Whether each input is right and stays right at every L2 distance up to ``epsilon``.
+
+        The one definition of "certified" in this project: the prediction equals the label and
+        ``radius > epsilon``, or ``epsilon`` is zero and the prediction is right.
+
+        Args:
+            labels: ``(N,)`` true classes.
+            epsilon: perturbation budget, in units of the input, at least zero.
+
+        Returns:
+            ``(N,)`` bool.
+        """
+        right = self.prediction == labels
+        return right & (self.radius > epsilon) if epsilon > 0 else right
+
+
+def certificate(logits: Tensor, margin_lipschitz: Tensor) -> Certificate:
+    r"""Certify predictions by Lipschitz bounds of all class differences.
+
+    Claim: with ``y`` the prediction at ``x`` and ``K[y, j]`` at least the Lipschitz constant of
+    ``f_y - f_j``, the prediction is ``y`` on the open ball of radius
+    ``min_{j != y} (f_y(x) - f_j(x)) / K[y, j]``, because no difference can shrink to zero inside
+    it. The division is rounded down. The claim is about the given logits: the rounding of the
+    network that computed them is not included.
+
+    Args:
+        logits: ``(N, C)``, ``C >= 2``.
+        margin_lipschitz: ``(C, C)``; the diagonal is ignored.
+
+    Returns:
+        Prediction and radius. A NaN or infinite logit, a tie, or a NaN bound gives radius zero.
+
+    Raises:
+        ValueError: shapes that do not fit, or a negative bound.
+
+    References:
+        Y. Tsuzuku, I. Sato, M. Sugiyama, Lipschitz-Margin Training, NeurIPS 2018, proposition 1,
+        with a constant for each pair of classes.
+
+    Example:
+        >>> found = certificate(torch.tensor([[3.0, 1.0]]), torch.full((2, 2), 4.0))
+        >>> found.prediction.item(), round(found.radius.item(), 9)
+        (0, 0.5)
+    """
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"expected logits (N, C) with C >= 2, got {tuple(logits.shape)}")
+    classes = logits.shape[1]
+    if margin_lipschitz.shape != (classes, classes):
+        raise ValueError(
+            f"expected margin_lipschitz ({classes}, {classes}), got {tuple(margin_lipschitz.shape)}"
+        )
+    if bool((margin_lipschitz < 0).any()):
+        raise ValueError("expected margin_lipschitz >= 0")
+    logits = logits.detach().to(torch.float64)
+    bounds = margin_lipschitz.detach().to(logits)
+
+    prediction = logits.argmax(dim=1)
+    top = logits.gather(1, prediction[:, None])
+    # Two roundings (difference, quotient) lie behind each entry, and one more in this product.
+    radii = (top - logits) / bounds[prediction] * (1.0 - 2.0**-50)
+    radii = torch.nan_to_num(radii, nan=0.0, posinf=torch.inf)
+    radii = radii.where(radii > 2.0**-1000, 0.0)  # a quotient that underflows may be rounded up
+    radii.scatter_(1, prediction[:, None], torch.inf)
+    sound = torch.isfinite(logits).all(dim=1)
+    radius = torch.where(sound, radii.amin(dim=1), torch.zeros_like(top[:, 0]))
+    return Certificate(prediction, radius)

@@ -1,0 +1,138 @@
+"""Checkpoints: everything that `certify eval` needs, in one file that cannot run code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import models
+from certify.files import write_atomically
+
+_FORMAT = "certify checkpoint 1"
+
+
+class CheckpointError(ValueError):
+    """The file is not a checkpoint that can be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model of this project's, its weights and where they come from.
+
+    Attributes:
+        model: name for `models.build`.
+        hyperparameters: its keyword arguments.
+        state_dict: parameters and buffers.
+        input_shape: ``(C, H, W)``.
+        classes: names of the classes.
+        dataset: name of the data set that it was trained on.
+        data_dir: where that was found, if it matters.
+        config: fields of `certify.TrainingConfig`.
+        progress: what `certify train --resume` goes on from; ``None`` once training is finished.
+    """
+
+    model: str
+    hyperparameters: dict[str, Any]
+    state_dict: Mapping[str, Tensor]
+    input_shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    dataset: str
+    data_dir: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    progress: dict[str, Any] | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write atomically: an older checkpoint stays whole until the new one is."""
+        content = {"format": _FORMAT, **_shallow(self)}
+        write_atomically(path, lambda file: torch.save(content, file))
+
+    def build(self) -> nn.Module:
+        """Build the model with these weights, in evaluation mode, on the CPU.
+
+        The architecture is laid out without memory and filled with the file's tensors, so that
+        a hostile file cannot ask for more than it brings.
+
+        Raises:
+            CheckpointError: weights of another architecture.
+        """
+        try:
+            with torch.device("meta"):
+                model = models.build(self.model, **self.hyperparameters)
+            expected = model.state_dict()
+            for name in sorted(expected.keys() | self.state_dict.keys()):
+                if name not in expected or name not in self.state_dict:
+                    raise ValueError(f"{name!r} is in only one of the model and the file")
+                found, wanted = self.state_dict[name], expected[name]
+                if found.shape != wanted.shape or found.dtype != wanted.dtype:
+                    raise ValueError(
+                        f"{name!r} should be {wanted.dtype} {tuple(wanted.shape)}, "
+                        f"is {found.dtype} {tuple(found.shape)}"
+                    )
+            model.load_state_dict(dict(self.state_dict), assign=True)
+        except (ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+            raise CheckpointError(
+                f"the weights do not fit the architecture {self.model!r}: {reason}"
+            ) from error
+        return model.eval()
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint; nothing in the file is executed.
+
+    Raises:
+        CheckpointError: no such file, or not a whole checkpoint of this project.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load's failures have no common type
+        raise CheckpointError(
+            f"{path} is not a checkpoint, or it is damaged ({type(error).__name__}); "
+            "expected a ckpt.pt written by 'certify train'"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} was not written by this version of 'certify train'")
+    del content["format"]
+    try:
+        checkpoint = Checkpoint(**content)
+        checkpoint = Checkpoint(
+            **{
+                **_shallow(checkpoint),
+                "input_shape": tuple(int(size) for size in checkpoint.input_shape),
+                "classes": tuple(str(name) for name in checkpoint.classes),
+            }
+        )
+        well_formed = (
+            isinstance(checkpoint.model, str)
+            and isinstance(checkpoint.hyperparameters, dict)
+            and isinstance(checkpoint.state_dict, Mapping)
+            and all(isinstance(value, Tensor) for value in checkpoint.state_dict.values())
+            and isinstance(checkpoint.dataset, str)
+            and isinstance(checkpoint.data_dir, str | None)
+            and isinstance(checkpoint.config, dict)
+        )
+    except (TypeError, ValueError):
+        well_formed = False
+    if not well_formed:
+        raise CheckpointError(f"{path} is damaged: its fields are not those of a checkpoint")
+    return checkpoint
+
+
+def load_model(path: str | Path) -> nn.Module:
+    """Load the model of a checkpoint, in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint, or weights that do not fit.
+    """
+    return load_checkpoint(path).build()
+
+
+def _shallow(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}

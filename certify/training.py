@@ -1,0 +1,215 @@
+"""Training with bound-based losses and penalties."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certify.data import Augmentation, ImageData, pixels
+from certify.losses import LOSSES
+from certify.norms import NetworkEstimator
+
+
+class TrainingDiverged(RuntimeError):  # noqa: N818 - the name says what happened
+    """The loss is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train; every field has the same name on the command line.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images per step.
+        lr: peak learning rate of Adam; it warms up over a tenth of the steps and falls to zero
+            along a cosine.
+        loss: ``"margin"`` (uses ``epsilon`` and the network's Lipschitz constants) or
+            ``"cross-entropy"``.
+        epsilon: L2 budget of the margin loss, in units of pixels in [0, 1]; it grows from zero
+            over the first half of the training.
+        lipschitz_penalty: weight of the sum of the layers' norms (Singla & Feizi 2021).
+        log_lipschitz_penalty: weight of the logarithm of the network's Lipschitz constant.
+        seed: of the weights, the order of images, the augmentation and the power iteration.
+    """
+
+    epochs: int = 30
+    batch_size: int = 256
+    lr: float = 2e-3
+    loss: str = "margin"
+    epsilon: float = 0.5
+    lipschitz_penalty: float = 0.0
+    log_lipschitz_penalty: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError("expected at least one epoch and one image per batch")
+        if self.loss not in LOSSES:
+            raise ValueError(f"expected loss to be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if not self.lr > 0:
+            raise ValueError(f"expected lr > 0, got {self.lr}")
+        for name in ("epsilon", "lipschitz_penalty", "log_lipschitz_penalty"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """Means over the batches of one epoch, as the network was while it learned.
+
+    The last two rest on estimated norms: indications for whoever watches, not certificates.
+    """
+
+    epoch: int
+    loss: float
+    clean_accuracy: float
+    certified_accuracy_estimate: float
+    lipschitz_estimate: float
+
+
+class Trainer:
+    """Everything that a training run carries from step to step.
+
+    Args:
+        model: classifier with input ``(N, *input_shape)``; trained in place on its device.
+        data: training images.
+        config: how to train.
+        augment: applied to each batch in turn.
+
+    Raises:
+        UnsupportedModel: a network that could not be certified afterwards.
+        ValueError: an image size that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        config: TrainingConfig,
+        augment: Sequence[Augmentation] = (),
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.epoch = 0
+        self._augment = augment
+        self._device = next(model.parameters()).device
+        self._images = data.images.to(self._device)
+        self._labels = data.labels.to(self._device)
+        self._estimator = NetworkEstimator(model, data.input_shape, config.seed)
+        self._optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+        self._generator = torch.Generator().manual_seed(config.seed)
+        with torch.no_grad():
+            self._estimator(iterations=30)  # from a random start to a usable estimate
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches; a last incomplete one counts."""
+        return math.ceil(len(self._labels) / self.config.batch_size)
+
+    def run_epoch(self, on_step: Callable[[EpochMetrics], None] | None = None) -> EpochMetrics:
+        """Train for one epoch.
+
+        Args:
+            on_step: called after each step with the means so far.
+
+        Raises:
+            TrainingDiverged: the loss is NaN or infinite; the step is not taken.
+        """
+        self.model.train()
+        order = torch.randperm(len(self._labels), generator=self._generator).to(self._device)
+        total = self.config.epochs * self.steps_per_epoch
+        sums = torch.zeros(4, dtype=torch.float64)
+        seen = 0
+        metrics = EpochMetrics(self.epoch, math.nan, 0.0, 0.0, 0.0)
+        for index, chosen in enumerate(order.split(self.config.batch_size)):
+            done = (self.epoch * self.steps_per_epoch + index) / total
+            sums += torch.tensor(self._step(chosen, done), dtype=torch.float64) * len(chosen)
+            seen += len(chosen)
+            metrics = EpochMetrics(self.epoch, *(sums / seen).tolist())
+            if on_step is not None:
+                on_step(metrics)
+        self.epoch += 1
+        return metrics
+
+    def _step(self, chosen: Tensor, done: float) -> tuple[float, float, float, float]:
+        """Make one step at fraction ``done`` of the run; return the batch's metrics."""
+        config = self.config
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.lr * _learning_rate(done)
+        epsilon = config.epsilon * min(1.0, 2.0 * done)
+
+        x, labels = pixels(self._images[chosen]), self._labels[chosen]
+        for augmentation in self._augment:
+            x = augmentation(x, self._generator)
+        logits = self.model(x)
+        estimate = self._estimator()
+        bounds = estimate.margin_lipschitz()
+        lipschitz = estimate.lipschitz()
+        loss = LOSSES[config.loss](logits, labels, bounds, epsilon)
+        if config.lipschitz_penalty:
+            loss = loss + config.lipschitz_penalty * estimate.layers.sum()
+        if config.log_lipschitz_penalty:
+            loss = loss + config.log_lipschitz_penalty * lipschitz.log()
+        if not bool(torch.isfinite(loss)):
+            raise TrainingDiverged(
+                f"the loss became {loss.item()} in epoch {self.epoch + 1}; try a smaller --lr"
+            )
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+
+        with torch.no_grad():
+            right = logits.argmax(dim=1) == labels
+            raised = logits + config.epsilon * bounds.to(logits.dtype)[labels]
+            safe = right & (raised.argmax(dim=1) == labels)
+            return (
+                loss.item(),
+                right.double().mean().item(),
+                safe.double().mean().item(),
+                lipschitz.item(),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on as if nothing had happened."""
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "estimator": self._estimator.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+            "torch_generator": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a run from what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self._estimator.load_state_dict(state["estimator"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_generator"])
+        self.epoch = state["epoch"]
+
+
+def train(
+    model: nn.Module,
+    data: ImageData,
+    config: TrainingConfig,
+    *,
+    augment: Sequence[Augmentation] = (),
+) -> list[EpochMetrics]:
+    """Train ``model`` in place and return the metrics of each epoch; see `Trainer`."""
+    trainer = Trainer(model, data, config, augment)
+    return [trainer.run_epoch() for _ in range(config.epochs)]
+
+
+def _learning_rate(done: float) -> float:
+    """Fraction of the peak learning rate: a linear warm-up over a tenth, then a cosine."""
+    warm = 0.1
+    if done < warm:
+        return (done + 0.01) / (warm + 0.01)
+    return 0.5 * (1.0 + math.cos(math.pi * (done - warm) / (1.0 - warm)))
