@@ -159,7 +159,7 @@ def epsilon_name(epsilon: float) -> str:
         ('0.5', '36/255')
     """
     levels = round(epsilon * 255)
-    if f"{epsilon:.4g}" != repr(epsilon) and levels / 255 == epsilon:
+    if float(f"{epsilon:.4g}") != epsilon and levels / 255 == epsilon:
         return f"{levels}/255"
     return f"{epsilon:.6g}"
 

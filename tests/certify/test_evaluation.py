@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from certify import Certificate, CertifiedModel, Report, evaluate, load_model
+from certify.data import ImageData, load, pixels
+from certify.evaluation import epsilon_name
+from certify.plots import plot_certified_accuracy
+
+
+def example() -> Report:
+    """Two right predictions of three; one radius unbounded."""
+    found = Certificate(
+        torch.tensor([0, 1, 1]), torch.tensor([0.25, math.inf, 3.0], dtype=torch.float64)
+    )
+    return Report(torch.tensor([0, 1, 0]), found, (0.0, 0.25, 0.1), 2.0, "lipschitz", 0.5)
+
+
+def test_accuracies_count_right_and_certified_images() -> None:
+    report = example()
+    assert report.clean_accuracy == pytest.approx(2 / 3)
+    # The ball is open: a radius of 0.25 does not certify a budget of 0.25.
+    assert report.certified_accuracy == pytest.approx({0.0: 2 / 3, 0.25: 1 / 3, 0.1: 2 / 3})
+    assert report.median_radius == 0.25  # a wrong prediction counts as zero
+
+
+def test_json_is_standard_and_complete() -> None:
+    summary = json.loads(example().to_json(), parse_constant=pytest.fail)
+    assert list(summary) == [
+        "n",
+        "clean_accuracy",
+        "certified_accuracy",
+        "median_radius",
+        "lipschitz",
+        "certificate",
+        "seconds",
+    ]
+    assert summary["certified_accuracy"]["0.25"] == pytest.approx(1 / 3)
+
+
+def test_csv_has_a_row_per_image_at_full_precision() -> None:
+    rows = list(csv.DictReader(io.StringIO(example().to_csv())))
+    assert [row["radius"] for row in rows] == ["0.25", "inf", "3.0"]
+    assert [row["correct"] for row in rows] == ["1", "1", "0"]
+    assert list(rows[0]) == ["idx", "label", "predict", "radius", "correct"]
+
+
+def test_epsilons_are_named_as_people_write_them() -> None:
+    names = [epsilon_name(e) for e in (0.5, 1.58, 36 / 255, 72 / 255, 1.0, 1 / 7)]
+    assert names == ["0.5", "1.58", "36/255", "72/255", "1", "0.142857"]
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_plot(tmp_path: Path, ending: str) -> None:
+    plot_certified_accuracy(example(), tmp_path / f"curve.{ending}")
+    assert (tmp_path / f"curve.{ending}").stat().st_size > 1000
+
+
+def test_plot_of_an_unknown_format(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not supported"):
+        plot_certified_accuracy(example(), tmp_path / "curve.xyz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_equals_certifying_one_by_one(run_folder: Path) -> None:
+    certified = CertifiedModel(load_model(run_folder / "ckpt.pt"), (1, 28, 28))
+    data = load("mnist-5k", train=False).head(30)
+    report = evaluate(certified, data, [0.1], batch_size=7)
+    for index in range(30):
+        single = certified.certify(pixels(data.images[index : index + 1]))
+        assert single.prediction.item() == report.found.prediction[index]
+        assert single.radius.item() == pytest.approx(report.found.radius[index].item(), rel=1e-9)
+
+
+def test_evaluate_refuses_what_does_not_fit() -> None:
+    model = models.build("mlp", hidden=(4,), input_shape=(1, 4, 4), num_classes=2)
+    certified = CertifiedModel(model, (1, 4, 4))
+
+    def data(*shape: int, label: int = 0) -> ImageData:
+        labels = torch.full((shape[0],), label)
+        return ImageData(torch.zeros(shape, dtype=torch.uint8), labels, ("a", "b"))
+
+    with pytest.raises(ValueError, match="the data has"):
+        evaluate(certified, data(2, 1, 5, 5))
+    with pytest.raises(ValueError, match="the model has 2 classes"):
+        evaluate(certified, data(2, 1, 4, 4, label=2))
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(certified, data(0, 1, 4, 4))
+    with pytest.raises(ValueError, match="expected eps >= 0"):
+        evaluate(certified, data(2, 1, 4, 4), [-0.5])
+
+
+def test_no_attack_succeeds_inside_a_certified_radius(run_folder: Path) -> None:
+    """Projected gradient ascent on every margin, at 0.999 of each proven radius."""
+    certified = CertifiedModel(load_model(run_folder / "ckpt.pt"), (1, 28, 28))
+    data = load("mnist-5k", train=False)
+    x = pixels(data.images).double()
+    found = certified.certify(x)
+    assert (found.radius > 0).double().mean() > 0.95
+    budget = (0.999 * found.radius)[:, None, None, None]
+    generator = torch.Generator().manual_seed(0)
+    closest = torch.full((len(x),), math.inf, dtype=torch.float64)
+    for _restart in range(3):
+        step = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        delta = budget * step / step.flatten(1).norm(dim=1)[:, None, None, None]
+        for _ in range(20):
+            delta.requires_grad_(True)
+            logits = certified.logits(x + delta)
+            assert torch.equal(logits.argmax(dim=1), found.prediction)
+            top = logits.gather(1, found.prediction[:, None])
+            margin = top - logits.scatter(1, found.prediction[:, None], -math.inf)
+            closest = torch.minimum(closest, margin.detach().amin(dim=1))
+            (gradient,) = torch.autograd.grad(margin.amin(dim=1).sum(), delta)
+            length = gradient.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None, None]
+            moved = delta.detach() - 0.3 * budget * gradient / length
+            scale = moved.flatten(1).norm(dim=1)[:, None, None, None] / budget.clamp_min(1e-30)
+            delta = moved / scale.clamp_min(1.0)
+    assert (closest > 0).all()
