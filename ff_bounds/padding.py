@@ -23,7 +23,7 @@ def padding_amounts(
         return (0, 0), (0, 0)
     if padding == "same":
         if stride != (1, 1):
-            raise ValueError("padding='same' is not supported for strided convolutions")
+            raise ValueError(f"expected stride 1 with padding='same', got {stride}")
         total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
         first, second = ((t // 2, t - t // 2) for t in total)
         return first, second
@@ -91,6 +91,8 @@ def wrapped_rows(
     Raises:
         ValueError: more padding than the axis is long.
     """
+    if before == after == 0:  # nothing wraps: a convolution without padding
+        return stride, 1
     surplus = before + after - reach  # outputs at unit stride, less the length of the axis
     if size is None:
         shortest = max(before, after, 1)

@@ -85,7 +85,7 @@ class PowerIterationPenalty(nn.Module):
             )
             for position, layer in enumerate(layers):
                 estimates[layer] = smallest[position]
-        return torch.stack(estimates)
+        return torch.stack(estimates) if estimates else torch.zeros(0)
 
     def _norm(self, matrix: Tensor, name: str, iterations: int) -> Tensor:
         """Estimate the norm of matrices ``(layers, groups, m, n)``; refresh buffer ``name``."""
@@ -93,8 +93,9 @@ class PowerIterationPenalty(nn.Module):
             buffer = cast(Tensor, getattr(self, name))
             right = buffer.to(matrix.dtype)
             fixed = matrix.detach()
-            # Where a step ends in zero, start afresh from (cos 0, cos 1, cos 2, ...): polynomials of
-            # different degrees in cos 1, which is transcendental, so only a zero row kills them.
+            # Where a step ends in zero, start afresh from (cos 0, cos 1, cos 2, ...). These are
+            # polynomials of different degrees in cos 1, which is transcendental: no matrix of
+            # floating-point numbers but zero has this null vector.
             steps = torch.arange(right.shape[-2], device=right.device, dtype=torch.float32)
             fresh = _unit(steps.cos()[:, None]).to(right.dtype)
             for _ in range(iterations):

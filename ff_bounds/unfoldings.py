@@ -60,14 +60,20 @@ def pair(value: Size2d, name: str, minimum: int) -> tuple[int, int]:
 def unit_stride_kernel(
     weight: Tensor, *, stride: Size2d = 1, dilation: Size2d = 1, groups: int = 1
 ) -> Tensor:
-    """Kernels of unit stride and dilation whose largest norm is that of the given convolution.
+    r"""Kernels of unit stride and dilation whose largest norm is that of the given convolution.
 
     On the infinite lattice a strided convolution is an unstrided one of the *polyphase* kernel,
     whose input channels are ``(i, p, q)`` with taps ``weight[:, i, s1*a + p, s2*b + q]``: the
-    phases of the input are orthogonal, so stacking them preserves every norm. With unit stride,
-    dilation only rescales the frequencies of the symbol and leaves its supremum alone; with a
-    stride the zeros between the taps are written out first. Groups act on separate channels, so
-    the norm of the whole is the *maximum* over them.
+    phases of the input are orthogonal, so stacking them preserves every norm.
+
+    Dilation ``d`` needs no zeros between the taps. Output ``n`` of an axis with stride ``s`` reads
+    inputs ``s n + d a``, all multiples of ``g = gcd(s, d)``, so both may be divided by ``g``. With
+    coprime ``s`` and ``d``, write a tap as ``a = s b + r``: it reads phase ``d r mod s`` at
+    ``n + d b + floor(d r / s)``. The block of that phase in the symbol is a phase factor times
+    the block of ``r`` without dilation, at ``d`` times the frequency, and ``r -> d r mod s`` permutes
+    the phases. So the supremum over the frequencies is that of stride ``s`` and dilation 1.
+
+    Groups act on separate channels, so the norm of the whole is the *maximum* over them.
 
     Args:
         weight: ``(c_out, c_in // groups, h, w)``, as in ``torch.nn.functional.conv2d``.
@@ -76,8 +82,9 @@ def unit_stride_kernel(
         groups: number of channel groups.
 
     Returns:
-        ``(groups, c_out // groups, s1*s2*c_in // groups, ceil(h/s1), ceil(w/s2))``, where ``h`` and
-        ``w`` count the zeros that dilation puts in; a rearrangement of ``weight``'s entries.
+        ``(groups, c_out // groups, s1*s2*c_in // groups, ceil(h/s1), ceil(w/s2))`` with ``s1`` and
+        ``s2`` divided by the greatest common divisor with the dilation: ``weight``'s entries
+        rearranged, and filled up with zeros.
 
     Raises:
         ValueError: shapes or hyperparameters that ``conv2d`` would refuse.
@@ -93,21 +100,10 @@ def unit_stride_kernel(
 
     kernel = weight.reshape(groups, -1, *weight.shape[1:])
     for axis, (step, spacing) in enumerate(zip(strides, dilations, strict=True)):
+        step //= math.gcd(step, spacing)
         if step > 1:
-            kernel = _split_phases(_insert_zeros(kernel, 3 + axis, spacing), 3 + axis, step)
+            kernel = _split_phases(kernel, 3 + axis, step)
     return kernel
-
-
-def _insert_zeros(kernel: Tensor, axis: int, spacing: int) -> Tensor:
-    """Write out the zeros between taps that are ``spacing`` apart along ``axis``."""
-    taps = kernel.shape[axis]
-    spread = kernel.new_zeros(
-        *kernel.shape[:axis], spacing * (taps - 1) + 1, *kernel.shape[axis + 1 :]
-    )
-    index = [slice(None)] * kernel.ndim
-    index[axis] = slice(None, None, spacing)
-    spread[tuple(index)] = kernel
-    return spread
 
 
 def _split_phases(kernel: Tensor, axis: int, step: int) -> Tensor:
