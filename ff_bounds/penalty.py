@@ -9,8 +9,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ff_bounds.unfoldings import unfoldings
-
 
 class PowerIterationPenalty(nn.Module):
     r"""Estimates of `fantastic_four_bound` for all layers of a network at once.
@@ -50,10 +48,19 @@ class PowerIterationPenalty(nn.Module):
             self._buckets.setdefault(tuple(shape), []).append(layer)
         generator = torch.Generator().manual_seed(seed)
         for bucket, (shape, layers) in enumerate(self._buckets.items()):
-            matrices = _matrices(torch.empty(len(layers), *shape, device="meta"))
-            for index, matrix in enumerate(matrices):
-                start = torch.randn(*matrix.shape[:-2], matrix.shape[-1], 1, generator=generator)
-                self.register_buffer(f"right_{bucket}_{index}", _unit(start))
+            groups, _, c_in, height, width = shape
+            kinds = _KEPT_BY_ROWS if height * width > 1 else ((False, False),)
+            start = torch.randn(
+                len(layers), groups, height, width, len(kinds), c_in, generator=generator
+            )
+            # Where a step ends in zero, go on from (cos 0, cos 1, cos 2, ...): polynomials of
+            # different degrees in cos 1, which is transcendental, so this is in the null space of
+            # no matrix of floating-point numbers but zero.
+            count = height * width * c_in
+            fresh = torch.arange(count, dtype=torch.float64).cos().reshape(height, width, 1, c_in)
+            for name, vectors in (("right", start), ("restart", fresh.to(start).expand_as(start))):
+                _, unit = _normalized(vectors, [(not a, not b) for a, b in kinds])
+                self.register_buffer(f"{name}_{bucket}", unit, persistent=name == "right")
 
     def forward(self, kernels: Sequence[Tensor], iterations: int = 1) -> Tensor:
         """Return ``(layers,)`` estimates, in the order and the dtype of ``kernels``.
@@ -74,50 +81,79 @@ class PowerIterationPenalty(nn.Module):
             raise ValueError("expected kernels of the shapes that the penalty was made for")
 
         estimates: list[Tensor] = [torch.empty(0)] * len(kernels)
-        for bucket, (shape, layers) in enumerate(self._buckets.items()):
+        for bucket, layers in enumerate(self._buckets.values()):
             stacked = torch.stack([kernels[layer] for layer in layers])
-            values = [
-                self._norm(matrix, f"right_{bucket}_{index}", iterations)
-                for index, matrix in enumerate(_matrices(stacked))
-            ]
-            smallest = torch.stack(values).amin(dim=0).amax(dim=-1) * math.sqrt(
-                shape[-2] * shape[-1]
-            )
-            for position, layer in enumerate(layers):
-                estimates[layer] = smallest[position]
+            taps = stacked.movedim((-2, -1), (2, 3)).contiguous()
+            with torch.no_grad():
+                direction = self._direction(taps.detach(), bucket, iterations).to(taps.dtype)
+            # The gradient of this product is the direction.
+            values = (taps * direction).flatten(1).sum(dim=1).unbind()
+            for layer, value in zip(layers, values, strict=True):
+                estimates[layer] = value
         return torch.stack(estimates) if estimates else torch.zeros(0)
 
-    def _norm(self, matrix: Tensor, name: str, iterations: int) -> Tensor:
-        """Estimate the norm of matrices ``(layers, groups, m, n)``; refresh buffer ``name``."""
-        with torch.no_grad():
-            buffer = cast(Tensor, getattr(self, name))
-            right = buffer.to(matrix.dtype)
-            fixed = matrix.detach()
-            # Where a step ends in zero, start afresh from (cos 0, cos 1, cos 2, ...). These are
-            # polynomials of different degrees in cos 1, which is transcendental: no matrix of
-            # floating-point numbers but zero has this null vector.
-            steps = torch.arange(right.shape[-2], device=right.device, dtype=torch.float32)
-            fresh = _unit(steps.cos()[:, None]).to(right.dtype)
-            for _ in range(iterations):
-                left = _unit(fixed @ right)
-                image = _unit(fixed.mT @ left)
-                alive = image.abs().amax(dim=-2, keepdim=True) > 0  # false for zero and for NaN
-                right = torch.where(alive, image, fresh)
-            buffer.copy_(right)
-        # Sum of an elementwise product: its gradient is the outer product u v^T, nothing more.
-        return (left * (matrix @ right)).sum(dim=(-2, -1))
+    def _direction(self, taps: Tensor, bucket: int, iterations: int) -> Tensor:
+        """Return ``sqrt(h w) u v^T`` of the chosen unfolding and group, folded like ``taps``.
+
+        A product with an unfolding is a product with each tap: the vector's blocks are repeated
+        over the taps that share them, and the results are summed over the taps that share a row
+        block. So one batched product serves all four unfoldings, without copies of the kernel.
+
+        Args:
+            taps: ``(layers, groups, h, w, c_out, c_in)``.
+            bucket: index of these layers' buffers.
+            iterations: steps of power iteration.
+        """
+        right_buffer = cast(Tensor, getattr(self, f"right_{bucket}"))
+        precision = torch.promote_types(taps.dtype, torch.float32)  # squares overflow in float16
+        taps = taps.to(precision)
+        right = right_buffer.to(precision)  # (layers, groups, h, w, unfoldings, c_in)
+        restart = cast(Tensor, getattr(self, f"restart_{bucket}")).to(precision)
+        rows = _KEPT_BY_ROWS[: right.shape[-2]]
+        columns = [(not a, not b) for a, b in rows]
+        for _ in range(iterations):
+            _, left = _normalized(right @ taps.mT, rows)
+            norms, image = _normalized(left @ taps, columns)
+            right = torch.where(norms > 0, image, restart)
+        right_buffer.copy_(right)
+
+        smallest, unfolding = norms[:, :, 0, 0, :, 0].min(dim=-1)
+        group = smallest.argmax(dim=1, keepdim=True)
+        chosen = torch.zeros_like(norms[:, :, 0, 0, :, 0]).scatter_(2, unfolding[..., None], 1.0)
+        chosen *= torch.zeros_like(smallest).scatter_(1, group, 1.0)[..., None]
+        chosen = chosen[:, :, None, None, :, None]
+        root = math.sqrt(taps.shape[2] * taps.shape[3])
+        left, right = (root * chosen * left).sum(dim=-2), (chosen * right).sum(dim=-2)
+        return left[..., :, None] * right[..., None, :]
 
 
-def _matrices(stacked: Tensor) -> tuple[Tensor, ...]:
-    """Return the unfoldings ``(layers, groups, m, n)``; just one where all four coincide."""
-    if stacked.shape[-2:] == (1, 1):
-        return (stacked[..., 0, 0],)
-    return tuple(unfoldings(stacked))
+# Whether the rows of T, R, S, U keep the kernel's axes (a, b) apart, or sum over them. The columns
+# do the opposite. T comes first: where h = w = 1 it is the only one.
+_KEPT_BY_ROWS = ((False, False), (True, False), (False, True), (True, True))
 
 
-def _unit(column: Tensor) -> Tensor:
-    """Scale columns ``(..., n, 1)`` to length one; zero stays zero."""
-    # Largest entry first: the squares of tiny or huge entries would underflow or overflow.
-    largest = column.abs().amax(dim=-2, keepdim=True)
-    column = column / torch.where(largest > 0, largest, torch.ones_like(largest))
-    return nn.functional.normalize(column, dim=-2, eps=torch.finfo(column.dtype).tiny)
+def _normalized(products: Tensor, kept: Sequence[tuple[bool, bool]]) -> tuple[Tensor, Tensor]:
+    """Sum tap products into the vectors of each unfolding, and scale those to length one.
+
+    Args:
+        products: ``(layers, groups, h, w, unfoldings, n)``.
+        kept: for each unfolding, whether its blocks keep the axes ``h`` and ``w`` apart.
+
+    Returns:
+        Norms ``(layers, groups, 1, 1, unfoldings, 1)``, and unit vectors with their blocks repeated
+        over the taps, of the shape of ``products``. A vector that is zero or NaN gives zeros.
+    """
+    norms, units = [], []
+    for index, (keep_a, keep_b) in enumerate(kept):
+        vector = products[..., index, :]
+        summed = [axis for axis, keep in ((2, keep_a), (3, keep_b)) if not keep]
+        if summed:
+            vector = vector.sum(dim=summed, keepdim=True)
+        # Largest entry first: the squares of tiny or huge entries would underflow or overflow.
+        largest = vector.abs().amax(dim=(2, 3, 4), keepdim=True)
+        vector = vector / torch.where(largest > 0, largest, 1.0)
+        norm = torch.linalg.vector_norm(vector, dim=(2, 3, 4), keepdim=True)
+        norms.append(torch.where(largest > 0, largest * norm, 0.0))
+        unit = torch.where(largest > 0, vector / norm, 0.0)
+        units.append(unit.expand(products.shape[:-2] + products.shape[-1:]))
+    return torch.stack(norms, dim=-2), torch.stack(units, dim=-2)

@@ -70,8 +70,8 @@ def unit_stride_kernel(
     inputs ``s n + d a``, all multiples of ``g = gcd(s, d)``, so both may be divided by ``g``. With
     coprime ``s`` and ``d``, write a tap as ``a = s b + r``: it reads phase ``d r mod s`` at
     ``n + d b + floor(d r / s)``. The block of that phase in the symbol is a phase factor times
-    the block of ``r`` without dilation, at ``d`` times the frequency, and ``r -> d r mod s`` permutes
-    the phases. So the supremum over the frequencies is that of stride ``s`` and dilation 1.
+    the block of ``r`` without dilation, at ``d`` times the frequency, and ``r -> d r mod s``
+    permutes the phases. So the supremum over the frequencies is that without dilation.
 
     Groups act on separate channels, so the norm of the whole is the *maximum* over them.
 
