@@ -33,7 +33,12 @@ class Certificate:
 
         Returns:
             ``(N,)`` bool.
+
+        Raises:
+            ValueError: an ``epsilon`` that is negative or NaN.
         """
+        if not epsilon >= 0:
+            raise ValueError(f"expected epsilon >= 0, got {epsilon}")
         right = self.prediction == labels
         return right & (self.radius > epsilon) if epsilon > 0 else right
 
@@ -80,9 +85,13 @@ def certificate(logits: Tensor, margin_lipschitz: Tensor) -> Certificate:
 
     prediction = logits.argmax(dim=1)
     top = logits.gather(1, prediction[:, None])
+    constants = bounds[prediction]
     # Two roundings (difference, quotient) lie behind each entry, and one more in this product.
-    radii = (top - logits) / bounds[prediction] * (1.0 - 2.0**-50)
-    radii = torch.nan_to_num(radii, nan=0.0, posinf=torch.inf)
+    # What overflows is rounded down: a radius is infinite only where the difference is constant.
+    largest = torch.finfo(torch.float64).max
+    margins = (top - logits).clamp_max(largest)
+    radii = torch.nan_to_num(margins / constants * (1.0 - 2.0**-50), nan=0.0, posinf=largest)
+    radii = radii.where((constants != 0) | (margins <= 0), torch.inf)
     radii = radii.where(radii > 2.0**-1000, 0.0)  # a quotient that underflows may be rounded up
     radii.scatter_(1, prediction[:, None], torch.inf)
     sound = torch.isfinite(logits).all(dim=1)

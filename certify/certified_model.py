@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.certificates import Certificate, certificate
-from certify.graph import LipschitzGraph
+from certify.graph import LipschitzGraph, refuse_what_tracing_misses
 from certify.norms import margin_lipschitz, proven_norms
 from certify.signal import UnsupportedModel
 
@@ -44,16 +44,20 @@ class CertifiedModel:
         torch.Size([5])
     """
 
+    @torch.inference_mode(False)  # whose tensors cannot be watched for writes in place
     def __init__(
         self, model: nn.Module, input_shape: Sequence[int], *, method: str = "fantastic_four"
     ) -> None:
+        refuse_what_tracing_misses(model)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not bool(torch.isfinite(tensor).all()):
+            if tensor.is_complex() or tensor.is_meta:
+                raise UnsupportedModel(f"{name!r} is complex or has no data")
+            if not bool(torch.isfinite(tensor.detach()).all()):
                 raise ValueError(f"expected finite parameters, got NaN or infinity in {name!r}")
-        self.input_shape = tuple(input_shape)
         self.method = method
-        self._model = copy.deepcopy(model).eval().to(torch.float64).requires_grad_(False)
-        graph = LipschitzGraph(self._model, self.input_shape)
+        self._model = _copy(model).eval().to(torch.float64).requires_grad_(False)
+        graph = LipschitzGraph(self._model, input_shape)
+        self.input_shape = tuple(input_shape)
         self._device = graph.device
         self._output = graph.walk(proven_norms(method))
         if len(self._output.shape) != 2:
@@ -75,7 +79,7 @@ class CertifiedModel:
 
     def margin_lipschitz(self) -> Tensor:
         """Proven Lipschitz bounds ``(C, C)`` of all differences of two logits, float64."""
-        return self._margins
+        return _proven(self._margins)
 
     @cached_property
     def _margins(self) -> Tensor:
@@ -96,11 +100,21 @@ class CertifiedModel:
             return certificate(self.logits(x), self._margins)
 
 
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be copied; does it keep tensors of a forward pass? "
+            "Delete or detach them"
+        ) from error
+
+
 def _proven(bound: Tensor) -> Tensor:
-    """Refuse a bound that is not a number."""
+    """Return a copy, which the caller may change; refuse a bound that is not a number."""
     if bool(torch.isnan(bound).any()):
         raise ValueError("the Lipschitz bound is NaN; are the weights sane?")
-    return bound
+    return bound.clone()
 
 
 def _listed(shape: Sequence[int]) -> str:

@@ -16,6 +16,9 @@ from certify.rules import RULES
 from certify.signal import Norms, Signal, UnsupportedModel
 
 _BATCH = 3  # samples in the example that checks the traced graph
+_SCALES = (0.0, 1e-2, 1e2, 1.0)  # of the example's entries: branches on large values show up
+
+_ROOT = "the model itself"
 
 
 class LipschitzGraph:
@@ -23,14 +26,16 @@ class LipschitzGraph:
 
     The module is traced with ``torch.fx`` down to the operations that have a rule. Whatever the
     trace would not see is refused: hooks, a ``forward`` patched on an instance, control flow that
-    depends on values. The graph is then run on an example beside the module: a tensor that is
+    depends on values. The graph is then run on examples beside the module: a tensor that is
     modified in place after it was computed and then used again is found by its version counter,
-    and another result than the module's is refused.
+    and another result than the module's is refused, as is a forward that writes into the module's
+    own tensors or stays in training mode.
 
     The graph refers to the module's parameters and buffers; it does not copy them.
 
     Args:
-        model: any module with one tensor argument and one tensor result.
+        model: any module with one tensor argument (others at their defaults) and one tensor
+            result.
         input_shape: shape of one sample, without the batch.
 
     Raises:
@@ -39,21 +44,17 @@ class LipschitzGraph:
     """
 
     def __init__(self, model: nn.Module, input_shape: Sequence[int]) -> None:
-        _refuse_what_tracing_misses(model)
-        self._model = model
-        parameter: Tensor = next(chain(model.parameters(), model.buffers()), torch.zeros(()))
-        self.device = parameter.device
+        refuse_what_tracing_misses(model)
+        tensors = chain(model.parameters(), model.buffers())
+        floating = next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
+        self.device = floating.device
+        example = _example(input_shape).to(floating)
         training = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            example = torch.randn(
-                _BATCH,
-                *input_shape,
-                generator=torch.Generator().manual_seed(0),
-                dtype=torch.float64,
-            ).to(parameter)
-            self._graph = _trace(model)
-            self._shapes = _check_against_module(model, self._graph, example)
+            self._root = _Root(model)
+            self._graph = _trace(self._root)
+            self._shapes = _check_against_module(self._root, self._graph, example)
         finally:
             for module, mode in training.items():
                 module.training = mode
@@ -64,7 +65,7 @@ class LipschitzGraph:
         Raises:
             UnsupportedModel: an operation without a rule, or one that its rule refuses.
         """
-        result = _Walker(self._model, self._graph, self._shapes, norms, self.device).run(None)
+        result = _Walker(self._root, self._graph, self._shapes, norms, self.device).run(None)
         if not isinstance(result, Signal):
             raise UnsupportedModel("the output does not depend on the input, or is not one tensor")
         return result
@@ -79,26 +80,47 @@ class _Tracer(fx.Tracer):
         return type(m) in RULES or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(model: nn.Module) -> fx.Graph:
-    if _Tracer().is_leaf_module(model, ""):  # fx never records the root itself
-        graph = fx.Graph()
-        graph.output(graph.call_module("", (graph.placeholder("x"),)))
-        return graph
+class _Root(nn.Module):
+    """Calls the model on one argument, so that the model is traced like any module in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x)
+
+
+def _trace(root: _Root) -> fx.Graph:
     try:
-        return _Tracer().trace(model)
+        return _Tracer().trace(root)
     except Exception as error:  # whatever the user's forward raises on a symbolic input
-        reason = str(error).strip().split("\n")[0]
         raise UnsupportedModel(
-            f"the forward of {type(model).__name__} cannot be traced ({reason}); "
+            f"the forward of {type(root.model).__name__} cannot be traced ({_reason(error)}); "
             "control flow must not depend on the values of tensors"
         ) from error
 
 
-def _refuse_what_tracing_misses(model: nn.Module) -> None:
+def _example(input_shape: Sequence[int]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    try:
+        return torch.randn(_BATCH, *input_shape, generator=generator, dtype=torch.float64)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"expected input_shape as sizes, got {input_shape}") from error
+
+
+def refuse_what_tracing_misses(model: nn.Module) -> None:
+    """Refuse hooks and methods replaced on an instance: a graph does not show what they do.
+
+    Raises:
+        UnsupportedModel: naming the module.
+    """
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         raise UnsupportedModel("global forward hooks are registered; remove them")
     for name, module in model.named_modules():
-        where = f"module {name or 'the model itself'!r} ({type(module).__name__})"
+        where = f"module {name or _ROOT!r} ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModel(f"{where} is TorchScript; certify what it was made from")
         if module._forward_hooks or module._forward_pre_hooks:
             raise UnsupportedModel(
                 f"{where} has forward hooks, which may change values; remove them"
@@ -112,34 +134,66 @@ def _refuse_what_tracing_misses(model: nn.Module) -> None:
 
 
 def _check_against_module(
-    model: nn.Module, graph: fx.Graph, example: Tensor
+    root: _Root, graph: fx.Graph, example: Tensor
 ) -> dict[fx.Node, tuple[int, ...]]:
     """Run the graph beside the module; return the shape of each tensor in it."""
+    for name, module in root.model.named_modules():
+        if module.training:
+            raise UnsupportedModel(f"module {name or _ROOT!r} is in training mode despite eval()")
+    checker = _Checker(root, graph=graph)
+    own = [*root.parameters(), *root.buffers()]
+    if any(isinstance(tensor, fx.Proxy) for tensor in own):  # left there by the trace
+        raise UnsupportedModel("the forward assigns its buffers")
+    own += checker.constants()
+    before = [(tensor._version, tensor.clone()) for tensor in own]
     with torch.no_grad():
-        try:
-            expected = model(example.clone())
-            alone = model(example[:1].clone())
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(
-                f"input shape {tuple(example.shape[1:])} does not fit: {reason}"
-            ) from error
-        checker = _Checker(model, graph=graph)
-        result = checker.run(example.clone())
-    if not isinstance(result, Tensor) or not isinstance(expected, Tensor):
-        raise UnsupportedModel("the model must return one tensor")
-    if not _agree(result, expected):
-        raise UnsupportedModel("the traced graph does not compute what the model computes")
-    if not _agree(alone, expected[:1]):
+        for scale in _SCALES:
+            expected = _call(root, example * scale)
+            _compare(checker.check(example * scale), expected)
+        alone = [_call(root, example[i : i + 1].clone()) for i in range(_BATCH)]
+    if len(expected.shape) == 0 or not all(map(_agree, alone, expected.split(1))):
         raise UnsupportedModel("a sample's result depends on the other samples of its batch")
+    for tensor, (version, value) in zip(own, before, strict=True):
+        if tensor._version != version or not torch.equal(tensor, value):
+            raise UnsupportedModel("the forward modifies tensors that the model keeps")
     return checker.shapes
+
+
+def _call(root: _Root, x: Tensor) -> Tensor:
+    try:
+        result = root(x)
+    except Exception as error:
+        raise ValueError(
+            f"input shape {tuple(x.shape[1:])} does not fit: {_reason(error)}"
+        ) from error
+    if not isinstance(result, Tensor) or not result.is_floating_point():
+        raise UnsupportedModel("the model must return one tensor of real numbers")
+    return result
+
+
+def _compare(result: Any, expected: Tensor) -> None:
+    if not isinstance(result, Tensor) or not _agree(result, expected):
+        raise UnsupportedModel("the traced graph does not compute what the model computes")
 
 
 def _agree(first: Tensor, second: Tensor) -> bool:
     """Whether two results of the same operations differ by rounding at most."""
-    return first.shape == second.shape and torch.allclose(
-        first, second, rtol=1e-3, atol=1e-5, equal_nan=True
-    )
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    size = torch.linalg.vector_norm(second[second.isfinite()]).item()
+    tolerance = torch.finfo(second.dtype).eps ** 0.5 * size
+    return torch.allclose(first, second, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _label(n: fx.Node) -> str:
+    """Name of a node for the user: the path of a module, else the name that fx gave it."""
+    if n.op != "call_module":
+        return repr(n.name)
+    return repr(str(n.target).removeprefix("model").removeprefix(".") or _ROOT)
 
 
 class _Checker(fx.Interpreter):
@@ -151,11 +205,25 @@ class _Checker(fx.Interpreter):
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self._versions: dict[fx.Node, list[int]] = {}
 
+    def constants(self) -> list[Tensor]:
+        """Tensors that the graph reads from the model."""
+        read = [self.fetch_attr(str(n.target)) for n in self.graph.nodes if n.op == "get_attr"]
+        return [value for value in read if isinstance(value, Tensor)]
+
+    def check(self, x: Tensor) -> Any:
+        """Run the graph; refuse it if it fails where the module did not."""
+        try:
+            return self.run(x)
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            raise UnsupportedModel(f"the traced graph does not run: {_reason(error)}") from error
+
     def run_node(self, n: fx.Node) -> Any:
         for used in n.all_input_nodes:
             if _versions(self.env[used]) != self._versions[used]:
                 raise UnsupportedModel(
-                    f"node {n.name!r} uses {used.name!r} after it was modified in place; "
+                    f"node {_label(n)} uses {_label(used)} after it was modified in place; "
                     "write the operation out of place"
                 )
         result = super().run_node(n)
@@ -197,19 +265,19 @@ class _Walker(fx.Interpreter):
         try:
             result = self._rule(n)(*args, **kwargs)
         except UnsupportedModel as refusal:
-            raise UnsupportedModel(f"node {n.name!r}: {refusal}") from None
+            raise UnsupportedModel(f"node {_label(n)}: {refusal}") from None
         except TypeError as error:  # arguments that the rule does not provide for
-            raise UnsupportedModel(f"node {n.name!r}: {error}") from error
+            raise UnsupportedModel(f"node {_label(n)}: {error}") from error
         if not isinstance(result, Signal):
             return result
-        shape = self._known_shapes[n]
+        shape = self._known_shapes.get(n, ())
         if not shape or shape[0] != _BATCH:
-            raise UnsupportedModel(f"node {n.name!r}: the result loses the batch axis")
+            raise UnsupportedModel(f"node {_label(n)}: the result loses the batch axis")
         return result if result.shape == shape else replace(result, shape=shape)
 
     def _rule(self, n: fx.Node) -> Callable[..., Any]:
         if n.op == "call_module":
-            module = self.fetch_attr(str(n.target)) if n.target else self.module
+            module = self.fetch_attr(str(n.target))
             key: object = type(module)
             name = f"{type(module).__module__}.{type(module).__qualname__}"
             if key in RULES:

@@ -10,13 +10,18 @@ from torch import Tensor, nn
 
 from certify.graph import LipschitzGraph
 from certify.operators import Matrix, Operator
-from certify.signal import Norms, Signal
-from ff_bounds import PowerIterationPenalty
+from certify.signal import Norms, Signal, UnsupportedModel
+from ff_bounds import PowerIterationPenalty, conv2d_bound
 from ff_bounds.rounding import product_bound, round_up
 
 
 def proven_norms(method: str) -> Norms:
-    """Measure operators by their proven bounds, convolutions by this ``method``."""
+    """Measure operators by their proven bounds, convolutions by this ``method``.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    conv2d_bound(torch.ones(1, 1, 1, 1), method=method)  # also where there is no convolution
 
     def measure(operator: Operator) -> Tensor:
         return operator.bound(method)
@@ -41,8 +46,8 @@ def margin_lipschitz(logits: Signal) -> Tensor:
         return product_bound(logits.source, logits.operator.row_difference_bound())
     classes = logits.shape[1]
     lipschitz = round_up(logits.lipschitz * 2.0**0.5, 2)
-    others = 1.0 - torch.eye(classes, dtype=torch.float64, device=lipschitz.device)
-    return lipschitz * others
+    same = torch.eye(classes, dtype=torch.bool, device=lipschitz.device)
+    return torch.where(same, 0.0, lipschitz)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ class NetworkEstimator(nn.Module):
         self._graph = LipschitzGraph(model, input_shape)
         with torch.no_grad():
             shapes = [tuple(operator.kernel().shape) for operator in self._operators()]
+        if not shapes:
+            raise UnsupportedModel("no convolution or linear layer to estimate the norm of")
         self._penalty = PowerIterationPenalty(shapes, seed).to(self._graph.device)
 
     def forward(self, iterations: int = 1) -> NetworkEstimate:

@@ -10,35 +10,35 @@ from torch import Tensor
 
 from ff_bounds import conv2d_bound, spectral_norm_bound, unit_stride_kernel
 from ff_bounds.padding import padding_effect
-from ff_bounds.rounding import gamma, product_bound, round_up, scale_by_power_of_two
+from ff_bounds.rounding import gamma, product_bound, round_up, scale_by_power_of_two, sum_bound
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Rows of ``weight`` scaled by ``row_scale``, applied to the last axis.
+    """Rows of ``weight`` scaled by ``scale``, applied to the last axis.
 
     Attributes:
         weight: ``(m, n)``.
-        row_scale: ``(m,)`` float64 or ``None`` for ones.
-        roundings: relative rounding errors behind an entry of ``row_scale``.
+        scale: ``(m,)`` float64 or ``None`` for ones.
+        roundings: relative rounding errors behind an entry of ``scale``.
     """
 
     weight: Tensor
-    row_scale: Tensor | None = None
+    scale: Tensor | None = None
     roundings: int = 0
 
     def scale_outputs(self, factors: Tensor, roundings: int) -> Matrix:
         """Multiply output ``i`` by ``factors[i]``, itself computed with so many roundings."""
-        scale, count = _combine(self.row_scale, self.roundings, factors, roundings)
-        return replace(self, row_scale=scale, roundings=count)
+        # One more for the product with the weight.
+        return replace(self, scale=factors, roundings=self.roundings + roundings + 1)
 
     def effective_weight(self) -> Tensor:
         """``(m, n)``: float64 where rows are scaled, else the stored weight."""
-        return _scaled(_exact(self.weight, self.row_scale), self.row_scale)
+        return _scaled(_exact(self.weight, self.scale), self.scale)
 
     def kernel(self) -> Tensor:
         """The matrix as a kernel ``(1, m, n, 1, 1)``, for `ff_bounds.PowerIterationPenalty`."""
-        return _scaled(self.weight, self.row_scale)[None, :, :, None, None]
+        return _scaled(self.weight, self.scale)[None, :, :, None, None]
 
     def gain(self) -> float:
         """Factor between the norms of the kernel and of the map."""
@@ -46,16 +46,15 @@ class Matrix:
 
     def bound(self, method: str) -> Tensor:
         """Proven upper bound of the norm (one ``method`` fits all matrices)."""
-        return _pay_for_scaling(
-            spectral_norm_bound(self.effective_weight()), self.roundings, self.weight.shape[0]
-        )
+        bound = spectral_norm_bound(self.effective_weight())
+        return _pay_for_scaling(self, bound, self.weight.shape[0])
 
     def row_difference_bound(self) -> Tensor:
         r"""Proven upper bounds ``(m, m)`` of ``||w_i - w_j||``, zero on the diagonal.
 
         Differences and norms are taken in float64; the sum of ``n`` squares under a root carries
         fewer than ``n + 4`` roundings. With scaled rows, ``|w_i - w_j|`` is only known up to the
-        rounding of both scales, so ``gamma_k (||w_i|| + ||w_j||)`` is added.
+        rounding of both scales, so ``gamma_k (||w_i|| + ||w_j||)`` is added, and `_underflow`.
         """
         weight = self.effective_weight().to(torch.float64)
         rows, columns = weight.shape
@@ -68,20 +67,21 @@ class Matrix:
             norms = _row_norms(weight)
             distance = distance + 2.0 * gamma(self.roundings) * (norms[:, None] + norms[None, :])
         distance = round_up(distance, columns + 8)
-        distance = distance * (1.0 - torch.eye(rows, dtype=distance.dtype, device=distance.device))
-        return product_bound(distance, scale_by_power_of_two(torch.ones_like(distance), exponent))
+        others = 1.0 - torch.eye(rows, dtype=distance.dtype, device=distance.device)
+        unit = scale_by_power_of_two(torch.ones_like(distance), exponent)
+        return sum_bound(product_bound(distance * others, unit), _underflow(self) * others)
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A 2-D convolution layer without its bias, each output channel scaled by ``channel_scale``.
+    """A 2-D convolution layer without its bias, each output channel scaled by ``scale``.
 
     Attributes:
         weight: ``(c_out, c_in // groups, h, w)``.
         stride, padding, dilation, groups, padding_mode: as in ``torch.nn.Conv2d``.
         input_size: ``(height, width)``.
-        channel_scale: ``(c_out,)`` float64 or ``None`` for ones.
-        roundings: relative rounding errors behind an entry of ``channel_scale``.
+        scale: ``(c_out,)`` float64 or ``None`` for ones.
+        roundings: relative rounding errors behind an entry of ``scale``.
     """
 
     weight: Tensor
@@ -91,23 +91,23 @@ class Convolution:
     groups: int
     padding_mode: str
     input_size: tuple[int, int]
-    channel_scale: Tensor | None = None
+    scale: Tensor | None = None
     roundings: int = 0
 
     def scale_outputs(self, factors: Tensor, roundings: int) -> Convolution:
         """Multiply channel ``i`` by ``factors[i]``, itself computed with so many roundings."""
-        scale, count = _combine(self.channel_scale, self.roundings, factors, roundings)
-        return replace(self, channel_scale=scale, roundings=count)
+        # One more for the product with the weight.
+        return replace(self, scale=factors, roundings=self.roundings + roundings + 1)
 
     def effective_weight(self) -> Tensor:
         """``(c_out, c_in // groups, h, w)``: float64 where scaled, else the stored weight."""
-        return _scaled(_exact(self.weight, self.channel_scale), self.channel_scale)
+        return _scaled(_exact(self.weight, self.scale), self.scale)
 
     def kernel(self) -> Tensor:
         """The unit-stride kernel whose norm, times `gain`, is that of the layer."""
         stride, _ = self._padding_effect()
         return unit_stride_kernel(
-            _scaled(self.weight, self.channel_scale),
+            _scaled(self.weight, self.scale),
             stride=stride,
             dilation=self.dilation,
             groups=self.groups,
@@ -130,7 +130,7 @@ class Convolution:
             method=method,
         )
         c_out, _, height, width = self.weight.shape
-        return _pay_for_scaling(bound, self.roundings, c_out * height * width)
+        return _pay_for_scaling(self, bound, c_out * height * width)
 
     def _padding_effect(self) -> tuple[tuple[int, int], int]:
         return padding_effect(
@@ -146,15 +146,6 @@ class Convolution:
 Operator = Matrix | Convolution
 
 
-def _combine(
-    scale: Tensor | None, roundings: int, factors: Tensor, more: int
-) -> tuple[Tensor, int]:
-    """Product of two scalings, and the roundings behind it and behind its use."""
-    if scale is None:
-        return factors, more + 1  # one for the product with the weight
-    return scale * factors, roundings + more + 1
-
-
 def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
     """Scale the first axis of ``weight``, in its own dtype."""
     if scale is None:
@@ -167,18 +158,31 @@ def _exact(weight: Tensor, scale: Tensor | None) -> Tensor:
     return weight if scale is None else weight.to(torch.float64)
 
 
-def _pay_for_scaling(bound: Tensor, roundings: int, size: int) -> Tensor:
+def _pay_for_scaling(operator: Operator, bound: Tensor, size: int) -> Tensor:
     r"""Raise the bound of a computed scaled weight to one of the exact scaled weight.
 
     Each entry of the computed weight ``W`` is off by at most ``gamma_k`` relative. That error is a
     kernel ``E`` with ``||E(w)|| <= sqrt(h w) ||E||_F <= sqrt(h w) gamma_k ||W||_F``, and
     ``||W||_F <= sqrt(c_out) ||T|| <= sqrt(c_out) sigma*``. With ``size = c_out h w`` the exact
-    norm is thus at most ``bound (1 + gamma_k sqrt(size))``.
+    norm is thus at most ``bound (1 + gamma_k sqrt(size))``, plus what underflowed.
     """
-    if roundings == 0:
+    if operator.roundings == 0:
         return bound
-    factor = 1.0 + 2.0 * gamma(roundings) * math.sqrt(size)
-    return product_bound(bound, torch.tensor(factor, dtype=bound.dtype, device=bound.device))
+    factor = 1.0 + 2.0 * gamma(operator.roundings) * math.sqrt(size)
+    raised = product_bound(bound, torch.tensor(factor, dtype=bound.dtype, device=bound.device))
+    return sum_bound(raised, _underflow(operator))
+
+
+def _underflow(operator: Operator) -> Tensor:
+    """Bound of what underflow in the scale, and in its product with the weight, can take away.
+
+    Each of the two is off by ``2**-1022`` at most, hence each entry of the weight by that much
+    times ``1 + max |weight|``; the number of entries bounds all sums over them.
+    """
+    largest = operator.weight.detach().abs().amax().to(torch.float64)
+    if operator.scale is None:
+        return torch.zeros_like(largest)
+    return (1.0 + largest) * (operator.weight.numel() * 2.0**-1000)
 
 
 def _row_norms(matrix: Tensor) -> Tensor:

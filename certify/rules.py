@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from certify.operators import Convolution, Matrix
 from certify.signal import Signal, UnsupportedModel
-from ff_bounds.rounding import round_up, sum_bound
+from ff_bounds.padding import padding_amounts
+from ff_bounds.rounding import SMALLEST_NORMAL, round_up, sum_bound
 from models import MaxMin, Normalize
 
 Rule = Callable[..., Any]
@@ -53,7 +54,7 @@ def lipschitz_rule(*operations: object) -> Callable[[_Rule], _Rule]:
         for operation in operations:
             if operation in RULES:
                 raise ValueError(f"{operation!r} already has a Lipschitz rule")
-            RULES[operation] = rule
+        RULES.update(dict.fromkeys(operations, rule))
         return rule
 
     return register
@@ -78,6 +79,12 @@ def conv2d(module: nn.Conv2d, x: Signal) -> Signal:
     if len(x.shape) != 4:
         raise _refuse(f"expected input (N, C, H, W), got {x.shape}")
     padding = module.padding if isinstance(module.padding, str) else _two(module.padding)
+    if module.padding_mode != "zeros":  # torch pads by amounts that it noted when it was made
+        vertical, horizontal = padding_amounts(
+            padding, _two(module.kernel_size), _two(module.stride), _two(module.dilation)
+        )
+        if list(module._reversed_padding_repeated_twice) != [*horizontal, *vertical]:
+            raise _refuse("Conv2d whose padding was changed after it was made; make a new one")
     return x.through(
         Convolution(
             module.weight,
@@ -95,32 +102,32 @@ def conv2d(module: nn.Conv2d, x: Signal) -> Signal:
 def batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d, x: Signal) -> Signal:
     """In evaluation, channel ``i`` times ``gamma_i / sqrt(var_i + eps)``; merged if that can be.
 
-    Five roundings at most lie behind each factor.
+    Five roundings at most lie behind each factor, or it underflows.
     """
     if module.running_var is None:
         raise _refuse("BatchNorm without running statistics mixes the samples of a batch")
     deviation = (module.running_var.to(torch.float64) + module.eps).sqrt()
     gain = torch.ones_like(deviation) if module.weight is None else module.weight
     scale = gain.to(torch.float64) / deviation
-    channels_last = len(x.shape) == 2
-    if isinstance(x.operator, Convolution) or (isinstance(x.operator, Matrix) and channels_last):
+    mergeable = isinstance(x.operator, Convolution) or len(x.shape) == 2
+    if x.operator is not None and x.operator.scale is None and mergeable:
         return x.replacing_operator(x.operator.scale_outputs(scale, roundings=5))
-    return x.scaled(round_up(scale.abs().amax(), 5))
+    return x.scaled(round_up(scale.abs().amax(), 5).clamp_min(SMALLEST_NORMAL))
 
 
 @lipschitz_rule(Normalize)
 def normalize(module: Normalize, x: Signal) -> Signal:
     """Channel ``i`` divided by ``std_i``."""
-    if len(x.shape) != 4 or module.std.numel() not in (1, x.shape[1]):
+    shapes = (x.shape, module.mean.shape, module.std.shape)
+    if len(x.shape) != 4 or torch.broadcast_shapes(*shapes) != x.shape:
         raise _refuse(f"expected {module.std.numel()} channels to normalise, got shape {x.shape}")
-    return x.scaled(round_up(module.std.to(torch.float64).reciprocal().abs().amax(), 1))
+    largest = module.std.to(torch.float64).reciprocal().abs().amax()
+    return x.scaled(round_up(largest, 1).clamp_min(SMALLEST_NORMAL))
 
 
-@lipschitz_rule(operator.add, operator.iadd, torch.add, "add", "add_")
-def add(x: Any, y: Any, *, alpha: float = 1) -> Signal:
+@lipschitz_rule(operator.add, torch.add, "add", "add_")
+def add(x: Any, y: Any) -> Signal:
     """``Lip(f + g) <= Lip f + Lip g``; a constant changes nothing."""
-    if alpha != 1:
-        raise _refuse(f"addition with alpha={alpha}")
     shapes = [tuple(getattr(term, "shape", ())) for term in (x, y)]
     joint = tuple(torch.broadcast_shapes(*shapes))
     for term, shape in zip((x, y), shapes, strict=True):
@@ -150,6 +157,8 @@ def non_expansive_function(x: Signal, inplace: bool = False) -> Signal:
 @lipschitz_rule(nn.LeakyReLU)
 def leaky_relu(module: nn.LeakyReLU, x: Signal) -> Signal:
     """Slopes 1 and ``negative_slope``."""
+    if math.isnan(module.negative_slope):
+        raise _refuse("LeakyReLU with slope NaN")
     return x.scaled(max(1.0, abs(module.negative_slope)))
 
 
@@ -164,12 +173,13 @@ def softplus(module: nn.Softplus, x: Signal) -> Signal:
     """The slope is a sigmoid, at most 1.
 
     Above ``threshold`` torch returns ``beta x`` itself: a jump by ``log(1 + exp(-threshold))``,
-    which is below float64's rounding of a number of that size only from 34 on.
+    which is below float64's rounding of a number of that size only from 34 on. Below the threshold
+    it takes ``exp(beta x)``, which from 88 on is infinite in float32.
     """
-    if not (module.beta > 0 and module.threshold >= 34):
+    if not (module.beta > 0 and 34 <= module.threshold <= 88):
         raise _refuse(
-            f"Softplus(beta={module.beta}, threshold={module.threshold}) jumps at its threshold; "
-            "use beta > 0 and threshold=40, the same function without the jump"
+            f"Softplus(beta={module.beta}, threshold={module.threshold}) jumps or overflows at its "
+            "threshold; use beta > 0 and threshold=40, the same function without that"
         )
     return x.scaled()
 
@@ -202,6 +212,8 @@ def max_pool2d(module: nn.MaxPool2d, x: Signal) -> Signal:
 @lipschitz_rule(nn.AvgPool2d)
 def avg_pool2d(module: nn.AvgPool2d, x: Signal) -> Signal:
     """A depthwise convolution with constant taps."""
+    if len(x.shape) != 4:
+        raise _refuse(f"expected input (N, C, H, W), got {x.shape}")
     kernel, padding = _two(module.kernel_size), _two(module.padding)
     if module.ceil_mode or (any(padding) and not module.count_include_pad):
         raise _refuse("AvgPool2d whose windows at the border differ (ceil_mode, count_include_pad)")
@@ -229,7 +241,7 @@ def adaptive_avg_pool2d(module: nn.AdaptiveAvgPool2d, x: Signal) -> Signal:
     pixels = 1
     for size, wanted in zip(x.shape[-2:], _two(module.output_size), strict=True):
         if wanted is not None:
-            if size % wanted:
+            if wanted == 0 or size % wanted:
                 raise _refuse(f"AdaptiveAvgPool2d from {size} to {wanted}: windows overlap")
             pixels *= size // wanted
     return x.scaled(1.0 / math.sqrt(pixels) * (1 + 2**-50))
@@ -269,11 +281,14 @@ def reshape(x: Signal, *shape: Any) -> Signal:
 @lipschitz_rule(operator.getitem)
 def getitem(x: Any, index: Any) -> Any:
     """A slice drops entries; the batch axis must stay whole."""
-    if not isinstance(x, Signal):
+    if isinstance(x, (tuple, list)):
         return x[index]
     indices = index if isinstance(index, tuple) else (index,)
     selects = all(i is Ellipsis or isinstance(i, (int, slice)) for i in indices)
-    if not selects or indices[0] not in (slice(None), Ellipsis):
+    whole = selects and (
+        indices[0] == slice(None) or (indices[0] is Ellipsis and len(indices) <= len(x.shape))
+    )
+    if not isinstance(x, Signal) or not whole:
         raise _refuse("indexing other than by slices and integers behind the batch axis")
     return x.scaled()
 

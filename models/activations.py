@@ -31,7 +31,7 @@ class MaxMin(nn.Module):
 
 
 def _maxmin(x: Tensor) -> Tensor:
-    pairs = x.reshape(x.shape[0], -1, 2, *x.shape[2:])
+    pairs = x.reshape(x.shape[0], x.shape[1] // 2, 2, *x.shape[2:])
     first, second = pairs[:, :, 0], pairs[:, :, 1]
     return torch.stack((torch.maximum(first, second), torch.minimum(first, second)), 2).flatten(
         1, 2

@@ -1,0 +1,576 @@
+"""What is refused, what is accepted, and that the traced graph is the module."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+
+from certify import CertifiedModel, UnsupportedModel
+from certify.graph import LipschitzGraph
+from certify.norms import proven_norms
+
+
+class Layer(nn.Module):
+    """A linear layer, buffers, and a forward to be given by subclasses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("state", torch.zeros(4))
+        self.register_buffer("rows", torch.zeros(100, 4))
+        self.calls = 0
+        self.memory: Any = 0.0
+
+
+def forward(function: Callable[..., Any]) -> Callable[[], nn.Module]:
+    """Make a `Layer` with this forward."""
+    return type("Given", (Layer,), {"forward": function})
+
+
+# --- forwards that must be refused ------------------------------------------------------------
+
+
+def doubles_its_input_in_place(self: Layer, x: Tensor) -> Tensor:
+    y = x
+    y += x
+    return x
+
+
+def writes_into_a_chunk(self: Layer, x: Tensor) -> Tensor:
+    x.chunk(2, 1)[0].add_(1.0)
+    return x
+
+
+def writes_into_a_slice(self: Layer, x: Tensor) -> Tensor:
+    x = self.linear(x)
+    x[:, :2].add_(x[:, 2:])
+    return x
+
+
+def keeps_the_value_before_relu_(self: Layer, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    y.relu_()
+    return y
+
+
+def writes_into_a_constant(self: Layer, x: Tensor) -> Tensor:
+    rows = torch.zeros(100, 4, dtype=torch.float64)
+    rows.narrow(0, 0, x.shape[0]).add_(x)
+    return F.relu(x) + rows.narrow(0, 0, x.shape[0])
+
+
+def writes_into_data_of_a_constant(self: Layer, x: Tensor) -> Tensor:
+    rows = torch.zeros(100, 4, dtype=torch.float64)
+    rows.data.narrow(0, 0, x.shape[0]).add_(x)
+    return F.relu(x) + rows.data.narrow(0, 0, x.shape[0])
+
+
+def writes_into_a_buffer(self: Layer, x: Tensor) -> Tensor:
+    self.rows.narrow(0, 0, x.shape[0]).zero_().add_(x)
+    return F.relu(x) + self.rows.narrow(0, 0, x.shape[0])
+
+
+def assigns_a_buffer(self: Layer, x: Tensor) -> Tensor:
+    self.state = self.state + 1.0
+    return x
+
+
+def changes_a_buffer_that_nothing_uses(self: Layer, x: Tensor) -> Tensor:
+    self.state.add_(1.0)
+    return self.linear(x)
+
+
+def changes_a_weight_and_restores_it(self: Layer, x: Tensor) -> Tensor:
+    self.linear.weight.mul_(8.0)
+    y = self.linear(x)
+    self.linear.weight.mul_(0.125)
+    return y
+
+
+def changes_a_weight_through_a_result(self: Layer, x: Tensor) -> Tensor:
+    """No value tells afterwards, and no overwritten tensor is used."""
+    eightfold = self.linear.weight.mul_(8.0)
+    y = self.linear(x)
+    eightfold.mul_(0.125)
+    return y
+
+
+def changes_data_of_a_buffer(self: Layer, x: Tensor) -> Tensor:
+    """No version counter tells."""
+    self.state.data.add_(1.0)
+    return self.linear(x)
+
+
+def changes_its_statistics(self: Layer, x: Tensor) -> Tensor:
+    """Each call has a larger gain than the one before, too small to be seen next to a bias."""
+    self.norm.running_var.mul_(1.0 - 1e-9)
+    return self.norm(x) + 1e3
+
+
+def counts_calls(self: Layer, x: Tensor) -> Tensor:
+    self.calls += 1
+    return x + self.calls
+
+
+def remembers(self: Layer, x: Tensor) -> Tensor:
+    y = self.linear(x) + self.memory
+    self.memory = x
+    return y
+
+
+def trains_in_forward(self: Layer, x: Tensor) -> Tensor:
+    self.norm.train()
+    return self.norm(x)
+
+
+def drops_at_random(self: Layer, x: Tensor) -> Tensor:
+    return F.dropout(x, 0.5, training=True)
+
+
+def adds_noise(self: Layer, x: Tensor) -> Tensor:
+    return x + torch.randn(4)
+
+
+def branches(self: Layer, x: Tensor) -> Tensor:
+    return x if x.sum() > 0 else self.linear(x)
+
+
+def branches_where_tracing_does_not_look(self: Layer, x: Tensor) -> Tensor:
+    if isinstance(x, Tensor) and x.max() > 20:
+        return self.linear(x + x)
+    return self.linear(x)
+
+
+def reads_a_number(self: Layer, x: Tensor) -> Tensor:
+    return x + float(x[0, 0])
+
+
+def loops_over_samples(self: Layer, x: Tensor) -> Tensor:
+    return torch.stack([self.linear(row) for row in x])
+
+
+def makes_a_layer(self: Layer, x: Tensor) -> Tensor:
+    return nn.ReLU()(x)
+
+
+def swaps_the_weight(self: Layer, x: Tensor) -> Tensor:
+    weight = 3.0 * torch.ones(4, 4, dtype=torch.float64)
+    result = torch.func.functional_call(self.linear, {"weight": weight}, (x,))
+    assert isinstance(result, Tensor) or result is not None
+    return result
+
+
+class StaysInTraining(Layer):
+    def train(self, mode: bool = True) -> StaysInTraining:
+        super().train(True)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class CallsTwice(nn.Linear):
+    """The forward of a linear layer, but not its call."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) + super().__call__(x)
+
+
+class BendsFarAway(Layer):
+    def __call__(self, x: Tensor) -> Any:
+        y = super().__call__(x)
+        return 100 * y if isinstance(x, Tensor) and x.abs().max() > 50 else y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class SteepReLU(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return 100 * super().forward(x)
+
+
+class SteepConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 100 * super().forward(x)
+
+
+def with_hook(register: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU()))
+        if register == "forward":
+            model[1].register_forward_hook(lambda module, args, result: 100 * result)
+        elif register == "pre":
+            model[1].register_forward_pre_hook(lambda module, args: (100 * args[0],))
+        else:
+            model.register_forward_hook(
+                lambda module, args, kwargs, result: 100 * result, with_kwargs=True
+            )
+        return model
+
+    return make
+
+
+def patched(container: bool) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU()))
+        module = model[1] if container else model[1][0]
+        module.forward = types.MethodType(lambda self, x: 100 * x, module)
+        return model
+
+    return make
+
+
+def parametrized(parametrize: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = nn.Sequential(parametrize(nn.Linear(4, 4)), nn.ReLU())
+        model(torch.zeros(2, 4))  # the older ones leave a tensor behind that cannot be copied
+        return model
+
+    return make
+
+
+def keeps_its_features() -> nn.Module:
+    def run(self: Layer, x: Tensor) -> Tensor:
+        self.memory = self.linear(x)
+        return self.memory.relu()
+
+    model = forward(run)()
+    model(torch.zeros(2, 4))
+    return model
+
+
+def with_complex_buffer() -> nn.Module:
+    model = forward(lambda self, x: x + self.phase)()
+    model.register_buffer("phase", torch.ones(4) * 1j)
+    return model
+
+
+REFUSED: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], str]] = [
+    # Operations without a rule, and those that cannot have one.
+    (
+        "softmax",
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)),
+        (4,),
+        r"node '1': no .*Soft",
+    ),
+    ("nested", lambda: nn.Sequential(nn.Sequential(nn.GELU())), (4,), "node '0.0': no .*GELU"),
+    ("layer norm", lambda: nn.LayerNorm(4), (4,), "node 'the model itself': no .*LayerNorm"),
+    ("attention", forward(lambda s, x: nn.MultiheadAttention(4, 1)(x, x, x)[0]), (2, 4), "."),
+    ("square", forward(lambda s, x: x * x), (4,), "node 'mul': no Lipschitz rule"),
+    ("scaling", forward(lambda s, x: 100.0 * x), (4,), "node 'mul': no Lipschitz rule"),
+    ("function", forward(lambda s, x: F.softmax(x, 1)), (4,), "softmax'?: no .*softmax"),
+    ("method", forward(lambda s, x: x.exp()), (4,), "tensor method 'exp'"),
+    ("transposed conv", lambda: nn.ConvTranspose2d(1, 1, 3), (1, 4, 4), "ConvTranspose2d"),
+    # Modules that are not what their type says.
+    ("subclass of ReLU", lambda: nn.Sequential(SteepReLU()), (4,), "mul"),
+    ("subclass of Conv2d", lambda: nn.Sequential(SteepConv(1, 1, 1)), (1, 2, 2), "conv2d"),
+    ("own __call__", lambda: nn.Sequential(CallsTwice(4, 4)), (4,), "linear"),
+    ("own __call__ of the model", BendsFarAway, (4,), "does not compute"),
+    ("hook", with_hook("forward"), (4,), "module '1' .*forward hooks"),
+    ("pre-hook", with_hook("pre"), (4,), "module '1' .*forward hooks"),
+    ("hook on the model", with_hook("model"), (4,), "the model itself.*forward hooks"),
+    ("patched layer", patched(container=False), (4,), "module '1.0' .*'forward' replaced"),
+    ("patched container", patched(container=True), (4,), "module '1' .*'forward' replaced"),
+    ("spectral norm", parametrized(nn.utils.spectral_norm), (4,), "hooks"),
+    ("pruning", parametrized(lambda m: prune.l1_unstructured(m, "weight", 1)), (4,), "hooks"),
+    ("new spectral norm", parametrized(parametrizations.spectral_norm), (4,), "Parametrized"),
+    ("new weight norm", parametrized(parametrizations.weight_norm), (4,), "Parametrized"),
+    ("orthogonal", parametrized(parametrizations.orthogonal), (4,), "Parametrized"),
+    ("functional call", forward(swaps_the_weight), (4,), "does not compute|cannot be traced"),
+    ("lazy", lambda: nn.Sequential(nn.LazyLinear(3)), (4,), "hooks|uninitialized"),
+    ("unregistered", forward(makes_a_layer), (4,), "not installed as a submodule"),
+    # Samples of a batch that touch each other.
+    ("batch statistics", lambda: nn.BatchNorm1d(4, track_running_stats=False), (4,), "."),
+    ("stays in training", StaysInTraining, (4,), "in training mode despite"),
+    ("trains in forward", forward(trains_in_forward), (4,), "'norm' is in training mode"),
+    ("x - x.mean(0)", forward(lambda s, x: x - x.mean(0)), (4,), "other samples"),
+    ("x + x.flip(0)", forward(lambda s, x: x + x.flip(0)), (4,), "other samples"),
+    ("flatten(0)", forward(lambda s, x: x.flatten(0).reshape(-1, 4)), (4,), "mixes the samples"),
+    ("nn.Flatten(0)", lambda: nn.Sequential(nn.Flatten(0), nn.Linear(12, 4)), (4,), "."),
+    ("reshape", forward(lambda s, x: x.reshape(-1, 2).reshape(-1, 4)), (4,), "loses the batch"),
+    ("view of a fixed batch", forward(lambda s, x: x.view(3, 4)), (4,), "."),
+    ("x + x[0]", forward(lambda s, x: x + x[0]), (4,), "other samples|slices"),
+    ("x + first of ...", forward(lambda s, x: x + x[..., 0, :]), (4,), "other samples|slices"),
+    (
+        "first sample, well hidden",  # alone, sample 0 looks right
+        forward(lambda s, x: (x[:, 0] + x[..., 0, :, :]).reshape(x.shape[0], -1)[:, :3]),
+        (3, 3),
+        "other samples",
+    ),
+    (
+        "batch size in the arithmetic",
+        forward(lambda s, x: torch.add(x, x, alpha=(x.shape[0] - 1) * (x.shape[0] - 3) * 9 + 1)),
+        (4,),
+        "alpha",
+    ),
+    # A graph that is not the forward.
+    ("y = x; y += x; return x", forward(doubles_its_input_in_place), (4,), "in place|compute"),
+    ("chunk then add_", forward(writes_into_a_chunk), (4,), "'output' uses 'x' after .* in place"),
+    ("slice then add_", forward(writes_into_a_slice), (4,), "after it was modified in place"),
+    ("relu_", forward(keeps_the_value_before_relu_), (4,), "'linear' after it was modified"),
+    ("residual after in-place ReLU", lambda: InPlaceResidual(), (4,), "modified in place"),
+    ("write into a constant", forward(writes_into_a_constant), (4,), "compute|modifies"),
+    ("write into its data", forward(writes_into_data_of_a_constant), (4,), "compute|modifies"),
+    ("write into a buffer", forward(writes_into_a_buffer), (4,), "modifie"),
+    ("buffer assigned", forward(assigns_a_buffer), (4,), "assigns its buffers"),
+    ("buffer changed", forward(changes_a_buffer_that_nothing_uses), (4,), "modifies tensors"),
+    ("weight changed", forward(changes_a_weight_and_restores_it), (4,), "modifie"),
+    ("weight, by a result", forward(changes_a_weight_through_a_result), (4,), "modifies tensors"),
+    ("data of a buffer", forward(changes_data_of_a_buffer), (4,), "modifies tensors"),
+    ("statistics changed", forward(changes_its_statistics), (4,), "modifies tensors"),
+    ("counter", forward(counts_calls), (4,), "does not compute"),
+    ("memory", forward(remembers), (4,), "."),
+    ("random dropout", forward(drops_at_random), (4,), "does not compute|other samples"),
+    ("noise", forward(adds_noise), (4,), "does not compute"),
+    ("branch", forward(branches), (4,), "control flow must not depend"),
+    ("hidden branch", forward(branches_where_tracing_does_not_look), (4,), "does not compute"),
+    ("number", forward(reads_a_number), (4,), "cannot be traced"),
+    ("loop", forward(loops_over_samples), (4,), "cannot be traced"),
+    # Results and models of another kind.
+    ("tuple", forward(lambda s, x: (x, x)), (4,), "must return one tensor"),
+    ("dict", forward(lambda s, x: {"logits": x}), (4,), "must return one tensor"),
+    ("number result", forward(lambda s, x: x.sum()), (4,), "other samples"),
+    ("integers", forward(lambda s, x: x.view(torch.int64)), (4,), "real numbers"),
+    ("complex result", forward(lambda s, x: x + 1j), (4,), "real numbers"),
+    ("complex buffer", with_complex_buffer, (4,), "'phase' is complex"),
+    ("constant", forward(lambda s, x: s.linear.weight), (4,), "other samples|depend on the input"),
+    ("images as logits", lambda: nn.ReLU(), (2, 4), r"expected logits \(N, C\)"),
+    ("kept features", keeps_its_features, (4,), "tensors of a forward pass"),
+    ("meta device", lambda: nn.Linear(4, 4, device="meta"), (4,), "no data"),
+    ("data parallel", lambda: nn.DataParallel(nn.Linear(4, 4)), (4,), "DataParallel"),
+    ("compiled", lambda: torch.compile(nn.Sequential(nn.Linear(4, 4))), (4,), "replaced"),
+]
+
+
+class InPlaceResidual(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y + self.relu(y)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "shape", "reason"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
+)
+def test_refused(make: Callable[[], nn.Module], shape: tuple[int, ...], reason: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises((UnsupportedModel, ValueError), match=reason) as raised:
+        CertifiedModel(make(), shape)
+    # Wrong sizes are the only ValueErrors here: a batch of one that BatchNorm or view refuses.
+    assert raised.type is UnsupportedModel or "does not fit" in str(raised.value)
+
+
+def test_script_modules_are_refused() -> None:
+    class Scripted(torch.jit.ScriptModule):
+        pass
+
+    with pytest.raises(UnsupportedModel, match="TorchScript"):
+        CertifiedModel(Scripted(), (4,))
+
+
+def test_global_hooks_are_refused() -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, result: None)
+    try:
+        with pytest.raises(UnsupportedModel, match="global forward hooks"):
+            CertifiedModel(nn.Linear(2, 2), (2,))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("shape", [(5,), (-4,), (4.0,), 4, (), (2, 2), ("4",)])
+def test_wrong_input_shapes(shape: Any) -> None:
+    with pytest.raises(ValueError, match=r"input.shape"):
+        CertifiedModel(nn.Linear(4, 2), shape)
+
+
+def test_a_graph_that_the_checks_cannot_catch_by_values() -> None:
+    """Outputs of 1e-9 must be compared on their own scale, not to an absolute tolerance."""
+
+    def run(self: Layer, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(x) if self.calls % 2 else self.linear(x + x)
+
+    model = forward(run)()
+    with torch.no_grad():
+        model.linear.weight *= 1e-9
+        model.linear.bias.zero_()
+    with pytest.raises(UnsupportedModel, match="does not compute"):
+        CertifiedModel(model, (4,))
+
+
+# --- models that must be accepted -------------------------------------------------------------
+
+
+class Residual(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.norm(self.linear(x)))
+
+
+class Shared(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return self.linear(F.relu(y)) + y
+
+
+class InPlace(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        y += x  # nothing uses the former y again
+        return y.relu_()
+
+
+class Optional(Layer):
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0, *rest: Any, **more: Any
+    ) -> Tensor:
+        if mask is not None:
+            x = x + mask
+        return self.linear(x) + scale + len(rest) + len(more)
+
+
+class ByTraining(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return 100 * x if self.training else self.linear(x)
+
+
+class Shapes(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        n, c = x.shape
+        y = x.view(n, 2, c // 2).flatten(1)
+        return self.linear(y.reshape(x.size(0), -1)) + self.linear.weight[0] + self.state
+
+
+class Forward(Layer):
+    """Calls ``forward`` itself, and keeps a layer in a list of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ReLU(), nn.Linear(4, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class IntegersFirst(nn.Module):
+    """The only buffers are integers: the example must not be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.arange(4))
+        self.register_buffer("mask", torch.ones(4, dtype=torch.bool))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() + self.index
+
+
+ACCEPTED: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
+    ("layer", lambda: nn.Linear(4, 3), (4,)),
+    ("activation", nn.Tanh, (4,)),
+    ("empty", nn.Sequential, (4,)),
+    ("residual", Residual, (4,)),
+    ("shared", Shared, (4,)),
+    ("in place, rightly", InPlace, (4,)),
+    ("optional arguments", Optional, (4,)),
+    ("other forward in training", ByTraining, (4,)),
+    ("shapes", Shapes, (4,)),
+    ("list of layers", Forward, (4,)),
+    ("integers first", IntegersFirst, (4,)),
+    ("graph module", lambda: torch.fx.symbolic_trace(Residual().eval()), (4,)),
+    ("one layer twice", lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2), (4,)),
+]
+
+
+@pytest.mark.parametrize(("make", "shape"), [a[1:] for a in ACCEPTED], ids=[a[0] for a in ACCEPTED])
+def test_accepted(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    certified = CertifiedModel(model, shape)
+    x = torch.randn(200, *shape, dtype=torch.float64)
+    y = x + 0.1 * torch.randn_like(x)
+    torch.testing.assert_close(model.double()(x.clone()), certified.logits(x.clone()))
+    change = (certified.logits(x.clone()) - certified.logits(y.clone())).norm(dim=1)
+    bound = certified.lipschitz().item()
+    assert (change / (x - y).norm(dim=1)).max().item() <= bound
+    assert bound <= 10.0
+
+
+def test_bounds_of_branches_add_and_of_layers_multiply() -> None:
+    model = Residual()
+    with torch.no_grad():
+        model.linear.weight.copy_(torch.diag(torch.tensor([3.0, 1.0, 1.0, 1.0])))
+    assert CertifiedModel(model, (4,)).lipschitz().item() == pytest.approx(4.0, rel=1e-4)
+    both = nn.Sequential(model, model)
+    assert CertifiedModel(both, (4,)).lipschitz().item() == pytest.approx(16.0, rel=1e-4)
+
+
+def test_layers_without_an_activation_between_them_multiply() -> None:
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(3)])
+    with torch.no_grad():
+        for layer, factor in zip(model, (2.0, 3.0, 5.0), strict=True):
+            layer.weight.copy_(factor * torch.eye(3))
+    certified = CertifiedModel(model, (3,))
+    assert certified.lipschitz().item() == pytest.approx(30.0)
+    assert certified.margin_lipschitz()[0, 1].item() == pytest.approx(30.0 * 2.0**0.5)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = nn.Sequential(Residual(), nn.Dropout(), nn.Linear(4, 3))
+    model.train()
+    model[0].norm.eval()
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes = [set(vars(module)) for module in model.modules()]
+    random = torch.get_rng_state()
+
+    graph = LipschitzGraph(model, (4,))
+    graph.walk(proven_norms("fantastic_four"))
+
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_training_modes_are_restored_after_a_refusal() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Softmax(1)))
+    model[1].eval()
+    with pytest.raises(ValueError, match="does not fit"):
+        LipschitzGraph(nn.Sequential(model, nn.Linear(3, 3)), (4,))
+    assert [module.training for module in model.modules()] == [True, True, False, False]
+
+
+def test_walk_follows_the_weights() -> None:
+    """The graph refers to the module, whose weights change in training."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    graph = LipschitzGraph(model, (4,))
+    before = graph.walk(proven_norms("fantastic_four")).lipschitz
+    with torch.no_grad():
+        model[0].weight *= 2
+    after = graph.walk(proven_norms("fantastic_four")).lipschitz
+    assert after.item() == pytest.approx(2 * before.item(), rel=1e-9)
+
+
+def test_bounds_of_the_walk_have_gradients() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    bound = LipschitzGraph(model, (4,)).walk(proven_norms("fantastic_four")).lipschitz
+    bound.backward()
+    for name in ("0.weight", "1.weight", "3.weight"):
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        assert bool(gradient.isfinite().all())
+        assert bool(gradient.any())
