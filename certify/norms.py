@@ -117,9 +117,8 @@ class NetworkEstimator(nn.Module):
         """All operators, in the order in which a walk measures them."""
         operators: list[Operator] = []
 
-        def collect(operator: Operator) -> Tensor:
+        def collect(operator: Operator) -> None:
             operators.append(operator)
-            return torch.ones((), dtype=torch.float64, device=self._graph.device)
 
         _ = self._graph.walk(collect).lipschitz  # the last operator is measured only when asked for
         return operators

@@ -12,8 +12,11 @@ from torch import Tensor
 from certify.operators import Operator
 from ff_bounds.rounding import product_bound
 
-Norms = Callable[[Operator], Tensor]
-"""How the norm of an operator is measured: proven, or estimated in training (`certify.norms`)."""
+Norms = Callable[[Operator], Tensor | None]
+"""How the norm of an operator is measured: proven, or estimated in training (`certify.norms`).
+
+``None`` stands for 1, and saves the arithmetic while operators are only being collected.
+"""
 
 
 class UnsupportedModel(Exception):  # noqa: N818 - the name says what is wrong, not that it is
@@ -42,7 +45,8 @@ class Signal:
         """Lipschitz bound of the map from the network's input to this tensor."""
         if self.operator is None:
             return self.source
-        return product_bound(self.source, self.norms(self.operator))
+        norm = self.norms(self.operator)
+        return self.source if norm is None else product_bound(self.source, norm)
 
     def through(self, operator: Operator) -> Signal:
         """Apply an affine map."""

@@ -143,17 +143,17 @@ def _normalized(products: Tensor, kept: Sequence[tuple[bool, bool]]) -> tuple[Te
         Norms ``(layers, groups, 1, 1, unfoldings, 1)``, and unit vectors with their blocks repeated
         over the taps, of the shape of ``products``. A vector that is zero or NaN gives zeros.
     """
-    norms, units = [], []
-    for index, (keep_a, keep_b) in enumerate(kept):
-        vector = products[..., index, :]
+    blocks = []
+    for vector, (keep_a, keep_b) in zip(products.unbind(dim=-2), kept, strict=True):
         summed = [axis for axis, keep in ((2, keep_a), (3, keep_b)) if not keep]
-        if summed:
-            vector = vector.sum(dim=summed, keepdim=True)
-        # Largest entry first: the squares of tiny or huge entries would underflow or overflow.
-        largest = vector.abs().amax(dim=(2, 3, 4), keepdim=True)
-        vector = vector / torch.where(largest > 0, largest, 1.0)
-        norm = torch.linalg.vector_norm(vector, dim=(2, 3, 4), keepdim=True)
-        norms.append(torch.where(largest > 0, largest * norm, 0.0))
-        unit = torch.where(largest > 0, vector / norm, 0.0)
-        units.append(unit.expand(products.shape[:-2] + products.shape[-1:]))
-    return torch.stack(norms, dim=-2), torch.stack(units, dim=-2)
+        blocks.append(vector.sum(dim=summed, keepdim=True).expand_as(vector) if summed else vector)
+    repeated = torch.stack(blocks, dim=-2)
+    # Largest entry first: the squares of tiny or huge entries would underflow or overflow.
+    largest = repeated.abs().amax(dim=(2, 3, 5), keepdim=True)
+    repeated = repeated / torch.where(largest > 0, largest, 1.0)
+    height, width = products.shape[2:4]
+    copies = [(1 if a else height) * (1 if b else width) for a, b in kept]
+    root = torch.tensor(copies, dtype=repeated.dtype, device=repeated.device).sqrt()[:, None]
+    norm = torch.linalg.vector_norm(repeated, dim=(2, 3, 5), keepdim=True) / root
+    alive = largest > 0  # false for zero and for NaN
+    return torch.where(alive, largest * norm, 0.0), torch.where(alive, repeated / norm, 0.0)
