@@ -3,7 +3,7 @@
 Two copies of a network take turns on the same batches, in one process; the order within a pair
 alternates. Printed are the medians and the median of the pairwise ratios.
 
-    python benchmarks/training_step.py --model resnet32 --batch-size 128 --steps 20
+    python benchmarks/training_step.py --model resnet32 --batch-size 128 --steps 60
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def make_step(
 @click.command()
 @click.option("--model", default="resnet32", show_default=True)
 @click.option("--batch-size", default=128, show_default=True)
-@click.option("--steps", default=20, show_default=True)
+@click.option("--steps", default=60, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 def main(model: str, batch_size: int, steps: int, threads: int, device: str) -> None:
@@ -67,11 +67,11 @@ def main(model: str, batch_size: int, steps: int, threads: int, device: str) -> 
     for penalised in ("sum of layers", "log of the network's constant"):
         pair = [make_step(copy.deepcopy(plain), kind, shape) for kind in ("none", penalised)]
         times: tuple[list[float], list[float]] = ([], [])
-        for index in range(steps + 2):
+        for index in range(steps + 4):
             for which in (0, 1) if index % 2 else (1, 0):
                 start = time.perf_counter()
                 pair[which](x, labels)
-                if index >= 2:  # the first two warm up
+                if index >= 4:  # the first four warm up
                     times[which].append(time.perf_counter() - start)
         ratios = [b / a for a, b in zip(*times, strict=True)]
         without, with_penalty = (1e3 * statistics.median(t) for t in times)

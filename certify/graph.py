@@ -52,9 +52,10 @@ class LipschitzGraph:
         training = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            self._root = _Root(model)
-            self._graph = _trace(self._root)
-            self._shapes = _check_against_module(self._root, self._graph, example)
+            root = _Root(model)
+            graph = _trace(root)
+            shapes = _check_against_module(root, graph, example)
+            self._walker = _Walker(root, graph, shapes, self.device)
         finally:
             for module, mode in training.items():
                 module.training = mode
@@ -65,7 +66,7 @@ class LipschitzGraph:
         Raises:
             UnsupportedModel: an operation without a rule, or one that its rule refuses.
         """
-        result = _Walker(self._root, self._graph, self._shapes, norms, self.device).run(None)
+        result = self._walker.walk(norms)
         if not isinstance(result, Signal):
             raise UnsupportedModel("the output does not depend on the input, or is not one tensor")
         return result
@@ -245,23 +246,26 @@ class _Walker(fx.Interpreter):
         model: nn.Module,
         graph: fx.Graph,
         shapes: dict[fx.Node, tuple[int, ...]],
-        norms: Norms,
         device: torch.device,
     ) -> None:
         super().__init__(model, graph=graph)
         self.extra_traceback = False
         self._known_shapes = shapes
-        self._norms = norms
         self._one = torch.ones((), dtype=torch.float64, device=device)
+
+    def walk(self, norms: Norms) -> Any:
+        """Run the graph on a signal of Lipschitz constant 1."""
+        self._norms = norms
+        return self.run(None)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "placeholder":
             return Signal(self._known_shapes[n], self._one, self._norms)
         if n.op in ("get_attr", "output"):
             return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if not any(isinstance(leaf, Signal) for leaf in pytree.tree_leaves((args, kwargs))):
+        if not any(_holds_signal(self.env[used]) for used in n.all_input_nodes):
             return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
         try:
             result = self._rule(n)(*args, **kwargs)
         except UnsupportedModel as refusal:
@@ -277,7 +281,7 @@ class _Walker(fx.Interpreter):
 
     def _rule(self, n: fx.Node) -> Callable[..., Any]:
         if n.op == "call_module":
-            module = self.fetch_attr(str(n.target))
+            module = self.submodules[str(n.target)]
             key: object = type(module)
             name = f"{type(module).__module__}.{type(module).__qualname__}"
             if key in RULES:
@@ -291,6 +295,12 @@ class _Walker(fx.Interpreter):
         raise UnsupportedModel(
             f"no Lipschitz rule for {name}; register one with @certify.lipschitz_rule"
         )
+
+
+def _holds_signal(value: Any) -> bool:
+    if isinstance(value, (Signal, Tensor)):
+        return isinstance(value, Signal)
+    return any(isinstance(leaf, Signal) for leaf in pytree.tree_leaves(value))
 
 
 def _name_of(function: Any) -> str:

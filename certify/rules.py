@@ -129,10 +129,11 @@ def normalize(module: Normalize, x: Signal) -> Signal:
 def add(x: Any, y: Any) -> Signal:
     """``Lip(f + g) <= Lip f + Lip g``; a constant changes nothing."""
     shapes = [tuple(getattr(term, "shape", ())) for term in (x, y)]
-    joint = tuple(torch.broadcast_shapes(*shapes))
-    for term, shape in zip((x, y), shapes, strict=True):
-        if isinstance(term, Signal) and shape != joint:
-            raise _refuse(f"broadcasting {shape} to {joint} repeats entries")
+    if shapes[0] != shapes[1]:
+        joint = tuple(torch.broadcast_shapes(*shapes))
+        for term, shape in zip((x, y), shapes, strict=True):
+            if isinstance(term, Signal) and shape != joint:
+                raise _refuse(f"broadcasting {shape} to {joint} repeats entries")
     if isinstance(x, Signal) and isinstance(y, Signal):
         return Signal(x.shape, sum_bound(x.lipschitz, y.lipschitz), x.norms)
     signal: Signal = (x if isinstance(x, Signal) else y).scaled()

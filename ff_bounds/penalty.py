@@ -82,8 +82,8 @@ class PowerIterationPenalty(nn.Module):
 
         estimates: list[Tensor] = [torch.empty(0)] * len(kernels)
         for bucket, layers in enumerate(self._buckets.values()):
-            stacked = torch.stack([kernels[layer] for layer in layers])
-            taps = stacked.movedim((-2, -1), (2, 3)).contiguous()
+            # (layers, groups, h, w, c_out, c_in)
+            taps = torch.stack([kernels[layer].permute(0, 3, 4, 1, 2) for layer in layers])
             with torch.no_grad():
                 direction = self._direction(taps.detach(), bucket, iterations).to(taps.dtype)
             # The gradient of this product is the direction.
