@@ -182,6 +182,13 @@ def _describe(metrics: Any) -> str:
     default=(0.1, 0.5, 1.0),
     help="L2 budget, e.g. 0.5 or 36/255; may be repeated.  [default: 0.1, 0.5, 1.0]",
 )
+@click.option(
+    "--method",
+    default="fantastic_four",
+    show_default=True,
+    type=click.Choice(["fantastic_four", "supremum"]),
+    help="How convolutions are bounded; supremum is tighter and slower.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @click.option("--batch-size", default=500, show_default=True, type=click.IntRange(min=1))
 @click.option("--csv", "csv_path", metavar="FILE", help="Write a row per image.")
@@ -194,6 +201,7 @@ def evaluate(
     download: bool,
     device: str,
     eps: tuple[float, ...],
+    method: str,
     limit: int | None,
     batch_size: int,
     csv_path: str | None,
@@ -218,7 +226,7 @@ def evaluate(
         dataset = dataset or checkpoint.dataset
         click.echo(f"certifying {model} ({checkpoint.model}) on the test images of {dataset}")
         network = checkpoint.build().to(choose_device(device))
-        certified = CertifiedModel(network, checkpoint.input_shape)
+        certified = CertifiedModel(network, checkpoint.input_shape, method=method)
         data = load(
             dataset, train=False, data_dir=data_dir or checkpoint.data_dir, download=download
         ).head(limit)

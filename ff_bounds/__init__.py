@@ -10,10 +10,12 @@ from ff_bounds.fantastic_four import FourBounds, fantastic_four_bound, fantastic
 from ff_bounds.matrix import spectral_norm_bound
 from ff_bounds.penalty import PowerIterationPenalty
 from ff_bounds.reference import conv2d_matrix, spectral_norm
+from ff_bounds.supremum import NormBracket, supremum_bound, supremum_bracket
 from ff_bounds.unfoldings import Unfoldings, unfoldings, unit_stride_kernel
 
 __all__ = [
     "FourBounds",
+    "NormBracket",
     "PowerIterationPenalty",
     "Unfoldings",
     "conv2d_bound",
@@ -22,6 +24,8 @@ __all__ = [
     "fantastic_four_bounds",
     "spectral_norm",
     "spectral_norm_bound",
+    "supremum_bound",
+    "supremum_bracket",
     "unfoldings",
     "unit_stride_kernel",
 ]

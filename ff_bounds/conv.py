@@ -10,9 +10,11 @@ from torch import Tensor
 from ff_bounds.fantastic_four import fantastic_four_bound
 from ff_bounds.padding import padding_effect
 from ff_bounds.rounding import product_bound
-from ff_bounds.unfoldings import Size2d
+from ff_bounds.supremum import supremum_bound
+from ff_bounds.unfoldings import Size2d, unit_stride_kernel
 
-_METHODS = {"fantastic_four": fantastic_four_bound}
+METHODS = ("fantastic_four", "supremum")
+"""How `conv2d_bound` can bound the norm on the infinite lattice."""
 
 
 def conv2d_bound(
@@ -25,6 +27,7 @@ def conv2d_bound(
     padding_mode: str = "zeros",
     input_size: tuple[int, int] | None = None,
     method: str = "fantastic_four",
+    tol: float = 1e-3,
 ) -> Tensor:
     r"""Proven upper bound of the spectral norm of a convolution layer's Jacobian.
 
@@ -52,7 +55,10 @@ def conv2d_bound(
             ``torch.nn.Conv2d``.
         input_size: ``(height, width)`` of the unpadded input. Matters only for the last three
             modes; ``None`` gives a bound for every size.
-        method: how ``sigma*`` is bounded: ``"fantastic_four"``.
+        method: how ``sigma*`` is bounded: ``"fantastic_four"`` (four matrices; at most
+            ``sqrt(h w)`` too large) or ``"supremum"`` (branch and bound over the frequencies; at
+            most ``1 + tol`` too large, see `supremum_bracket`).
+        tol: relative gap of ``"supremum"``.
 
     Returns:
         A float64 scalar on the weight's device, differentiable with respect to ``weight``.
@@ -70,8 +76,8 @@ def conv2d_bound(
         >>> round(conv2d_bound(blur, padding=1).item(), 6)
         1.0
     """
-    if method not in _METHODS:
-        raise ValueError(f"expected method to be one of {', '.join(_METHODS)}, got {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"expected method to be one of {', '.join(METHODS)}, got {method!r}")
     if weight.ndim != 4:
         raise ValueError(
             f"expected a weight (c_out, c_in // groups, h, w), got {tuple(weight.shape)}"
@@ -84,7 +90,11 @@ def conv2d_bound(
         padding_mode=padding_mode,
         input_size=input_size,
     )
-    bound = _METHODS[method](weight, stride=strides, dilation=dilation, groups=groups)
+    if method == "supremum":
+        kernel = unit_stride_kernel(weight, stride=strides, dilation=dilation, groups=groups)
+        bound = supremum_bound(kernel, tol)
+    else:
+        bound = fantastic_four_bound(weight, stride=strides, dilation=dilation, groups=groups)
     if repeats == 1:
         return bound
     gain = math.nextafter(math.sqrt(repeats), math.inf)

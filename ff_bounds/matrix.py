@@ -69,9 +69,20 @@ def spectral_norm_bound(matrix: Tensor) -> Tensor:
     with torch.no_grad():
         bound, gradient = _bound_and_gradient(wide.detach())
     if torch.is_grad_enabled() and matrix.requires_grad:
-        attached: Tensor = _AttachGradient.apply(wide, bound, gradient)
-        return attached
+        return attach_gradient(wide, bound, gradient)
     return bound
+
+
+def attach_gradient(tensor: Tensor, bound: Tensor, gradient: Tensor) -> Tensor:
+    """Return ``bound`` as a function of ``tensor`` with the given gradient.
+
+    Args:
+        tensor: ``(..., m, n)``, or any shape if ``bound`` is a scalar.
+        bound: ``(...)``.
+        gradient: of the shape of ``tensor``.
+    """
+    attached: Tensor = _AttachGradient.apply(tensor, bound, gradient)
+    return attached
 
 
 def check_finite_real(tensor: Tensor, name: str) -> None:

@@ -75,6 +75,21 @@ def test_eval_limit(run_folder: Path) -> None:
     assert re.search(r"images +10\n", result.output)
 
 
+def test_the_tighter_bound_certifies_no_less(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small = ["--model", "2c2f", "--set", "width=4", "--epochs", 1, "--batch-size", 200]
+    assert invoke("train", *small, "--out", run).exit_code == 0
+    constants = []
+    for method in ("fantastic_four", "supremum"):
+        summary = tmp_path / f"{method}.json"
+        result = invoke(
+            "eval", "--model", run / "ckpt.pt", "--method", method, "--limit", 20, "--json", summary
+        )
+        assert result.exit_code == 0, result.output
+        constants.append(json.loads(summary.read_text())["lipschitz"])
+    assert 0 < constants[1] < constants[0]
+
+
 def test_help_does_not_import_torch() -> None:
     code = "import sys, certify.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
