@@ -16,12 +16,13 @@ from models.activations import ACTIVATIONS, MaxMin, make_activation
 from models.convnets import conv_2c2f, conv_4c3f
 from models.mlp import mlp
 from models.normalize import Normalize
-from models.resnet import BasicBlock, resnet
+from models.resnet import BasicBlock, resnet, resnet18
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "2c2f": conv_2c2f,
     "4c3f": conv_4c3f,
+    "resnet18": resnet18,
     "resnet20": partial(resnet, depth=20),
     "resnet32": partial(resnet, depth=32),
     "resnet56": partial(resnet, depth=56),
@@ -42,11 +43,11 @@ def build(name: str, **hyperparameters: Any) -> nn.Module:
     Example:
         >>> build("mlp", hidden=(8,), num_classes=3)[-1]
         Linear(in_features=8, out_features=3, bias=True)
-        >>> build("resnet18")
+        >>> build("resnet17")
         Traceback (most recent call last):
         ...
-        ValueError: expected model to be one of mlp, 2c2f, 4c3f, resnet20, resnet32, resnet56, \
-got 'resnet18'
+        ValueError: expected model to be one of mlp, 2c2f, 4c3f, resnet18, resnet20, resnet32, resnet56, \
+got 'resnet17'
     """
     if name not in MODELS:
         raise ValueError(f"expected model to be one of {', '.join(MODELS)}, got {name!r}")
@@ -71,4 +72,5 @@ __all__ = [
     "make_activation",
     "mlp",
     "resnet",
+    "resnet18",
 ]
