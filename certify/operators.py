@@ -132,7 +132,7 @@ class Convolution:
         c_out, _, height, width = self.weight.shape
         return _pay_for_scaling(self, bound, c_out * height * width)
 
-    def _padding_effect(self) -> tuple[tuple[int, int], int]:
+    def _padding_effect(self) -> tuple[tuple[int, ...], int]:
         return padding_effect(
             (self.weight.shape[2], self.weight.shape[3]),
             stride=self.stride,

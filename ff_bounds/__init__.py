@@ -2,15 +2,31 @@
 
 Tensors in, float64 scalars out. A name that ends in ``_bound`` is a promise: the value is at least
 the exact norm of the stored weights, floating-point rounding included. What carries another name
-(`PowerIterationPenalty`, `spectral_norm`) promises less, and says so.
+(`PowerIterationPenalty`, `spectral_norm`, `tensor_norm_estimate`) promises less, and says so.
 """
 
-from ff_bounds.conv import conv2d_bound
+from ff_bounds.conv import conv1d_bound, conv2d_bound, conv3d_bound
+from ff_bounds.conv_transpose import (
+    conv_transpose1d_bound,
+    conv_transpose2d_bound,
+    conv_transpose3d_bound,
+)
 from ff_bounds.fantastic_four import FourBounds, fantastic_four_bound, fantastic_four_bounds
+from ff_bounds.frequency_grid import (
+    gram_iteration_circular_bound,
+    gram_iteration_supremum_bound,
+)
+from ff_bounds.gram_iteration import gram_iteration_bound
 from ff_bounds.matrix import spectral_norm_bound
 from ff_bounds.penalty import PowerIterationPenalty
-from ff_bounds.reference import conv2d_matrix, spectral_norm
+from ff_bounds.reference import (
+    conv2d_matrix,
+    conv_matrix,
+    conv_transpose_matrix,
+    spectral_norm,
+)
 from ff_bounds.supremum import NormBracket, supremum_bound, supremum_bracket
+from ff_bounds.tensor_norm import tensor_norm_estimate
 from ff_bounds.unfoldings import Unfoldings, unfoldings, unit_stride_kernel
 
 __all__ = [
@@ -18,14 +34,25 @@ __all__ = [
     "NormBracket",
     "PowerIterationPenalty",
     "Unfoldings",
+    "conv1d_bound",
     "conv2d_bound",
     "conv2d_matrix",
+    "conv3d_bound",
+    "conv_matrix",
+    "conv_transpose1d_bound",
+    "conv_transpose2d_bound",
+    "conv_transpose3d_bound",
+    "conv_transpose_matrix",
     "fantastic_four_bound",
     "fantastic_four_bounds",
+    "gram_iteration_bound",
+    "gram_iteration_circular_bound",
+    "gram_iteration_supremum_bound",
     "spectral_norm",
     "spectral_norm_bound",
     "supremum_bound",
     "supremum_bracket",
+    "tensor_norm_estimate",
     "unfoldings",
     "unit_stride_kernel",
 ]

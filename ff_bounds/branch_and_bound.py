@@ -21,24 +21,22 @@ References:
 
 from __future__ import annotations
 
-import itertools
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ff_bounds.cells import first_cells
-from ff_bounds.rounding import gamma
-from ff_bounds.symbol import GramPolynomial
+from ff_bounds.deflation import deflate
+from ff_bounds.norm_tests import NormTests
+from ff_bounds.peak import Peak
+from ff_bounds.symbol import Symbol
 
-_FIRST_ANGLE = 0.6  # about the angle t of the first cells
 _ASCENTS = 8  # alternating maximisations from the start
+_FIRST_ANGLE = 0.6  # about the angle t of the first cells
+_FIRST_ANGLE_DEFLATED = 0.3  # where a centre costs little
 _COVERS = 8  # times the first cells: a search may always visit so many
-_CLIMBS = 3  # promising centres of each level to climb from
-_LATER_ASCENTS = 3  # alternating maximisations from each
-_SCREENING_STEPS = 3  # of the Lanczos process at a centre
-_CLIMBING_STEPS = 8  # of the Lanczos process in an ascent
+_COARSE = 0.1  # tolerance where a bound need not be sharp
 _SLACK = 1e-9  # part of the tolerance kept for rounding the bracket outwards
 _NEGLIGIBLE = 1e-200  # a squared norm that counts as zero beside entries of size one
 
@@ -53,7 +51,7 @@ class Supremum:
         frequency: ``(layers, d)`` where the lower bound is attained.
         problem: ``(layers,)`` index of the kernel (group) that attains it.
         left: ``(layers, m)`` complex unit vectors with ``||K(frequency)^H left|| = lower``, nearly.
-        matrices: how many matrices were visited, for all layers together.
+        matrices: ``(layers,)`` int64, how many centres were visited.
     """
 
     lower: Tensor
@@ -61,246 +59,80 @@ class Supremum:
     frequency: Tensor
     problem: Tensor
     left: Tensor
-    matrices: int
+    matrices: Tensor
 
 
 def branch_and_bound(
-    gram: GramPolynomial, owner: Tensor, tolerance: float, max_matrices: int
+    kernels: Tensor, owner: Tensor, tolerance: float, max_matrices: int, *, deflates: bool = True
 ) -> Supremum:
     """Bracket the largest ``||K(w)||`` of each layer over its kernels and all frequencies.
 
     Args:
-        gram: the kernels.
+        kernels: ``(problems, m, n, *taps)`` as from `normalized_kernels`.
         owner: ``(problems,)`` ascending, the layer of each kernel.
         tolerance: relative gap to reach, at least 1e-6.
-        max_matrices: a split that would take the search beyond so many (and beyond a few times
-            the first cover) is not made; the tolerance is doubled instead, until the cells at
-            hand close. The bracket then tells the gap that was reached.
+        max_matrices: a split that would take the search for a layer beyond so many (and beyond a
+            few times the first cover) is not made; the layer's tolerance is doubled instead, until
+            the cells at hand close. The bracket then tells the gap that was reached.
+        deflates: whether to try the cheaper test of `ff_bounds.deflation` first.
     """
-    search = _Search(gram, owner, tolerance)
-    problems = torch.arange(len(owner), device=owner.device)
-    search.ascend(problems, _start(gram), _ASCENTS)
+    symbol = Symbol(kernels)
+    peak = Peak(symbol, owner)
+    peak.search(_ASCENTS)
+    deflation = deflate(symbol, peak, _coarse_bound) if deflates else None
+    tests = NormTests(symbol, peak, deflation)
+    tolerances = torch.full_like(peak.square, tolerance)
 
-    centres, offsets, angle = first_cells(gram.taps, _FIRST_ANGLE, owner.device)
-    problem = problems.repeat_interleave(len(centres))
-    centre = centres.repeat(len(owner), 1)
-    max_matrices = max(max_matrices, _COVERS * len(problem))
-    while True:
-        closed = search.close(problem, centre, angle)
-        problem, centre = problem[~closed], centre[~closed]
-        if not len(problem):
-            break
-        search.climb()
-        if search.matrices + len(problem) * len(offsets) > max_matrices:
-            search.tolerance *= 2.0  # and try the same cells again
-            continue
-        problem = problem.repeat_interleave(len(offsets))
-        centre = (centre[:, None] + offsets).flatten(0, 1)
-        offsets, angle = offsets / 2, angle / 2
-    return search.result()
-
-
-class _Search:
-    """The state of a branch and bound: the best lower bound of each layer."""
-
-    def __init__(self, gram: GramPolynomial, owner: Tensor, tolerance: float) -> None:
-        self.gram = gram
-        self.owner = owner
-        self.tolerance = tolerance
-        self.matrices = 0
-        self._candidates: list[tuple[Tensor, Tensor, Tensor]] = []
-        layers = int(owner.max()) + 1
-        device = owner.device
-        self._square = torch.zeros(layers, dtype=torch.float64, device=device)
-        self._problem = torch.zeros(layers, dtype=torch.int64, device=device)
-        self._frequency = torch.zeros(layers, len(gram.taps), dtype=torch.float64, device=device)
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(gram.rows, 2, generator=generator, dtype=torch.float64)
-        self._noise = 0.1 * _unit(torch.view_as_complex(noise).to(device))
-        self._left = torch.zeros(layers, gram.rows, dtype=torch.complex128, device=device)
-
-    def target(self) -> Tensor:
+    def target() -> Tensor:
         """``U**2`` of each layer: what is to be proven."""
-        factor = ((1.0 + self.tolerance) * (1.0 - _SLACK)) ** 2
-        return (self._square * factor).clamp_min(_NEGLIGIBLE)
+        return (peak.square * ((1.0 + tolerances) * (1.0 - _SLACK)).square()).clamp_min(_NEGLIGIBLE)
 
-    def close(self, problem: Tensor, frequency: Tensor, angle: float) -> Tensor:
-        """Try to close cells of one size: ``(cells,)`` bool.
+    first = _FIRST_ANGLE if deflation is None else _FIRST_ANGLE_DEFLATED
+    centres, offsets, angle = first_cells(symbol.taps, first, owner.device)
+    problem = torch.arange(len(owner), device=owner.device).repeat_interleave(len(centres))
+    cells = _Cells(problem, centres.repeat(len(owner), 1), torch.zeros_like(problem))
+    largest = (_COVERS * torch.bincount(owner[problem])).clamp_min(max_matrices)
+    # The centres, built from pi by a few sums, are off by less than 1e-14 along each axis.
+    blur = 1e-14 * sum((taps - 1) / 2 for taps in symbol.taps)
+    while len(cells.problem):
+        half_width = angle * (1.0 + 1e-12) * 0.5**cells.level + blur
+        shrink = half_width.cos().square() * (1.0 - 1e-14)
+        closed = tests.close(cells.problem, cells.centre, target, shrink)
+        cells = cells.chosen(~closed)
+        layer = owner[cells.problem]
+        visits = tests.matrices + len(offsets) * torch.bincount(layer, minlength=len(tolerances))
+        stays = visits > largest  # with a larger tolerance, the same cells are tried again
+        tolerances = torch.where(stays, 2.0 * tolerances, tolerances)
+        cells = cells.split(offsets, ~stays[layer])
 
-        Centres that beat a limit raise the lower bound of their layer, and with it the limits of
-        the cells that failed, which are then tried again.
-        """
-        # The centres, built from pi by a few sums, are off by less than 1e-14 along each axis.
-        radius = sum((taps - 1) / 2 for taps in self.gram.taps)
-        shrink = math.cos(angle * (1.0 + 1e-12) + 1e-14 * radius) ** 2 * (1.0 - 1e-14)
-        closed = torch.zeros(len(problem), dtype=torch.bool, device=problem.device)
-        pending = torch.arange(len(problem), device=problem.device)
-        self._candidates = []
-        while len(pending):
-            before = self._square.clone()
-            for part in pending.split(self.gram.chunk):
-                closed[part] = self._try(problem[part], frequency[part], shrink)
-            pending = pending[~closed[pending]]
-            if not bool((self._square > before * (1.0 + 1e-6)).any()):
-                break  # the same limits would fail again
-        return closed
-
-    def climb(self) -> None:
-        """Ascend from the most promising centre of each layer that the last `close` failed at."""
-        problem, vector, estimate = (
-            torch.cat(part) for part in zip(*self._candidates, strict=True)
-        )
-        chosen = []
-        for _ in range(_CLIMBS):
-            best, found = self._best_of_layers(problem, estimate)
-            chosen.append(best[found])
-            estimate[best[found]] = -math.inf
-        places = torch.cat(chosen).unique()
-        places = places[problem[places].argsort()]
-        self.ascend(problem[places], vector[places], _LATER_ASCENTS)
-
-    def _best_of_layers(self, problem: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """For each layer the place of its largest value, and whether it has one."""
-        layer = self.owner[problem]
-        largest = torch.full_like(self._square, -math.inf).scatter_reduce(0, layer, value, "amax")
-        place = torch.arange(len(problem), device=problem.device)
-        place = torch.where(value == largest[layer], place, -1)
-        best = torch.full_like(self._problem, -1).scatter_reduce(0, layer, place, "amax")
-        return best.clamp_min(0), best >= 0
-
-    def _try(self, problem: Tensor, frequency: Tensor, shrink: float) -> Tensor:
-        """Try to prove ``||G|| <= shrink U**2`` for a chunk of centres."""
-        self.matrices += len(problem)
-        layer = self.owner[problem]
-        gram = self.gram(problem, frequency)
-        limit = self.target()[layer] * shrink
-        # Where a Rayleigh quotient already exceeds the limit no proof can succeed.
-        vector = _unit(self._left[layer] + self._noise)
-        vector, estimate = _top_eigenpair(gram, vector, _SCREENING_STEPS)
-        hopeless = estimate > limit
-        if bool(hopeless.any()):
-            self._offer(problem[hopeless], frequency[hopeless], vector[hopeless])
-        proven = torch.zeros_like(hopeless)
-        proven[~hopeless] = self.gram.proves(problem[~hopeless], gram[~hopeless], limit[~hopeless])
-
-        failed = torch.nonzero(~proven)[:, 0]
-        few = min(len(failed), 2 * _CLIMBS * len(self._square))
-        failed = failed[estimate[failed].topk(few).indices]
-        self._candidates.append((problem[failed], vector[failed], estimate[failed]))
-
-        # Limits above the lower bound fail only where that is too low: find a better one.
-        stuck = ~proven & (limit > self._square[layer] * (1.0 + _SLACK))
-        for one in {int(layer[i]): int(i) for i in torch.nonzero(stuck)[:, 0]}.values():
-            chosen = slice(one, one + 1)
-            _, vectors = torch.linalg.eigh(self.gram(problem[chosen], frequency[chosen]))
-            self._offer(problem[chosen], frequency[chosen], vectors[..., -1])
-        return proven
-
-    def ascend(self, problem: Tensor, left: Tensor, steps: int) -> None:
-        """Climb from vectors ``(cells, m)``: best frequency for the vector, and back again."""
-        for _ in range(steps):
-            frequency = _best_frequency(self.gram, problem, left)
-            gram = self.gram(problem, frequency)
-            left, _ = _top_eigenpair(gram, left, _CLIMBING_STEPS)
-        self._offer(problem, frequency, left)
-
-    def _offer(self, problem: Tensor, frequency: Tensor, left: Tensor) -> None:
-        """Raise lower bounds by Rayleigh quotients ``left^H G(frequency) left``, rounded down."""
-        gram = self.gram(problem, frequency)
-        image = (gram @ left[..., None])[..., 0]
-        square = (left.conj() * image).sum(dim=1).real / left.abs().square().sum(dim=1)
-        # Rounding of the quotient: |x|^T |G| |x| <= ||G||_F for a unit vector. NaN: a zero vector.
-        rounding = 2.0 * gamma(4 * (self.gram.rows + 8)) * torch.linalg.matrix_norm(gram)
-        square = square - rounding - 2.0 * self.gram.error[problem]
-        square = square.nan_to_num(nan=-math.inf)
-        best, found = self._best_of_layers(problem, square)
-        raised = found & (square[best] > self._square)
-        self._square = torch.where(raised, square[best], self._square)
-        self._problem = torch.where(raised, problem[best], self._problem)
-        self._frequency = torch.where(raised[:, None], frequency[best], self._frequency)
-        self._left = torch.where(raised[:, None], left[best], self._left)
-
-    def result(self) -> Supremum:
-        """Bracket, rounded outwards."""
-        lower = self._square.sqrt() * (1.0 - 1e-15)
-        upper = self.target().sqrt() * (1.0 + 1e-15)
-        return Supremum(lower, upper, self._frequency, self._problem, self._left, self.matrices)
+    lower = peak.square.sqrt() * (1.0 - 1e-15)
+    upper = target().sqrt() * (1.0 + 1e-15)
+    return Supremum(lower, upper, peak.frequency, peak.problem, peak.left, tests.matrices)
 
 
-def _start(gram: GramPolynomial) -> Tensor:
-    """Return vectors ``(problems, m)`` to climb from, favoured by the mean over all frequencies."""
-    generator = torch.Generator().manual_seed(0)
-    problems, device = len(gram.kernels), gram.kernels.device
-    noise = torch.randn(problems, gram.rows, 1, generator=generator, dtype=torch.float64)
-    vector = noise.to(device)
-    flat = gram.kernels.flatten(2)
-    for _ in range(3):
-        vector = flat @ (flat.mT @ vector)
-        vector = vector / vector.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    return vector[..., 0].to(torch.complex128)
+def _coarse_bound(kernels: Tensor) -> Tensor:
+    """Bounds ``(problems,)`` of ``sigma*`` to within `_COARSE`."""
+    owner = torch.arange(len(kernels), device=kernels.device)
+    return branch_and_bound(kernels, owner, _COARSE, 1, deflates=False).upper
 
 
-def _best_frequency(gram: GramPolynomial, problem: Tensor, left: Tensor) -> Tensor:
-    """Return frequencies ``(cells, d)`` that nearly maximise ``||left^H K(w)||``."""
-    taps = gram.taps
-    dimension = len(taps)
-    if dimension == 0:
-        return torch.zeros(len(problem), 0, dtype=torch.float64, device=problem.device)
-    rows = left.conj()[:, None]
-    flat = gram.kernels[problem].flatten(2).to(rows.dtype)
-    image = (rows @ flat).reshape(len(problem), -1, *taps)  # (cells, n, *taps)
-    size = 4 * max(taps)
-    axes = tuple(range(2, 2 + dimension))
-    power = torch.fft.fftn(image, s=(size,) * dimension, dim=axes).abs().square().sum(dim=1)
-    peak = power.flatten(1).argmax(dim=1)
-    digits = [(peak // size**k) % size for k in reversed(range(dimension))]
-    frequency = torch.stack(digits, dim=1).to(torch.float64) * (2 * math.pi / size)
+@dataclass(frozen=True)
+class _Cells:
+    """Cells by their problem (in ascending order), centre and how often they were split."""
 
-    grid = torch.cartesian_prod(*(torch.arange(t, dtype=torch.float64) for t in taps))
-    places = grid.reshape(-1, dimension).to(frequency)
-    image = image.flatten(2)
-    for width in (math.pi / size, 0.3 * math.pi / size, 0.1 * math.pi / size):
-        values = []
-        for axis, step in itertools.product(range(dimension), (-width, 0.0, width)):
-            moved = frequency.clone()
-            moved[:, axis] += step
-            phase = torch.exp(-1j * (moved @ places.mT))[..., None]
-            values.append((image @ phase)[..., 0].abs().square().sum(dim=1))
-        for axis in range(dimension):  # the vertex of a parabola, at most one width away
-            low, middle, high = values[3 * axis : 3 * axis + 3]
-            bend = (2 * middle - low - high).clamp_min(1e-300)
-            frequency[:, axis] += width * (0.5 * (high - low) / bend).clamp(-1.0, 1.0)
-    return frequency.remainder(2 * math.pi)
+    problem: Tensor
+    centre: Tensor
+    level: Tensor
 
+    def chosen(self, mask: Tensor) -> _Cells:
+        return _Cells(self.problem[mask], self.centre[mask], self.level[mask])
 
-def _top_eigenpair(gram: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Estimate the largest eigenvalue and its vector by some steps of the Lanczos process.
-
-    Args:
-        gram: ``(cells, m, m)`` positive semidefinite.
-        start: ``(cells, m)`` unit vectors.
-        steps: dimension of the Krylov space.
-
-    Returns:
-        Unit vectors ``(cells, m)`` and their Rayleigh quotients ``(cells,)``.
-    """
-    basis = [start[..., None]]
-    images = [gram @ basis[0]]
-    for _ in range(min(steps, gram.shape[-1]) - 1):
-        space = torch.cat(basis, dim=-1)
-        fresh = images[-1]
-        for _ in range(2):  # twice is enough to be orthogonal
-            fresh = fresh - space @ (space.mH @ fresh)
-        size = fresh.norm(dim=-2, keepdim=True)
-        exhausted = size <= 1e-12 * images[-1].norm(dim=-2, keepdim=True)  # only rounding is left
-        fresh = torch.where(exhausted, 0.0, fresh / size.clamp_min(1e-300))
-        basis.append(fresh)
-        images.append(gram @ fresh)
-    space, image = torch.cat(basis, dim=-1), torch.cat(images, dim=-1)
-    values, vectors = torch.linalg.eigh(space.mH @ image)
-    return _unit((space @ vectors[..., -1:])[..., 0]), values[..., -1]
-
-
-def _unit(vector: Tensor) -> Tensor:
-    unit: Tensor = vector / vector.norm(dim=-1, keepdim=True).clamp_min(1e-300)
-    return unit
+    def split(self, offsets: Tensor, mask: Tensor) -> _Cells:
+        """Split the cells of ``mask``; the others stay as they are."""
+        whole, old, parts = self.chosen(~mask), self.chosen(mask), len(offsets)
+        moved = old.centre[:, None] + offsets * (0.5**old.level)[:, None, None]
+        problem = torch.cat([whole.problem, old.problem.repeat_interleave(parts)])
+        order = problem.argsort(stable=True)
+        centre = torch.cat([whole.centre, moved.flatten(0, 1)])
+        level = torch.cat([whole.level, old.level.repeat_interleave(parts) + 1])
+        return _Cells(problem[order], centre[order], level[order])

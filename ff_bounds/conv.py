@@ -1,39 +1,143 @@
-"""Proven upper bound of the norm of a 2-D convolution layer."""
+"""Proven upper bounds of the norms of convolution layers with one, two or three spatial axes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ff_bounds.fantastic_four import fantastic_four_bound
+from ff_bounds.fantastic_four import unfoldings_bound
 from ff_bounds.padding import padding_effect
 from ff_bounds.rounding import product_bound
 from ff_bounds.supremum import supremum_bound
-from ff_bounds.unfoldings import Size2d, unit_stride_kernel
+from ff_bounds.unfoldings import Size, spatial_axes, unit_stride_kernel
 
-METHODS = ("fantastic_four", "supremum")
-"""How `conv2d_bound` can bound the norm on the infinite lattice."""
+METHODS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "fantastic_four": lambda kernel, tol: unfoldings_bound(kernel),
+    "supremum": supremum_bound,
+}
+"""Bounds of the norm on the infinite lattice, from a unit-stride kernel and a tolerance."""
+
+
+def conv1d_bound(
+    weight: Tensor,
+    *,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    input_size: Size | None = None,
+    method: str = "fantastic_four",
+    tol: float = 1e-3,
+) -> Tensor:
+    """`conv_bound` of a layer with one spatial axis: ``weight`` is ``(c_out, c_in // groups, t)``.
+
+    Example:
+        >>> difference = torch.tensor([[[1.0, -1.0]]])
+        >>> round(conv1d_bound(difference, padding=1).item(), 6)
+        2.0
+    """
+    spatial_axes(weight, allowed=(1,))
+    return conv_bound(
+        weight,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=padding_mode,
+        input_size=input_size,
+        method=method,
+        tol=tol,
+    )
 
 
 def conv2d_bound(
     weight: Tensor,
     *,
-    stride: Size2d = 1,
-    padding: Size2d | str = 0,
-    dilation: Size2d = 1,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
     groups: int = 1,
     padding_mode: str = "zeros",
-    input_size: tuple[int, int] | None = None,
+    input_size: Size | None = None,
+    method: str = "fantastic_four",
+    tol: float = 1e-3,
+) -> Tensor:
+    """`conv_bound` of a layer with two axes: ``weight`` is ``(c_out, c_in // groups, h, w)``.
+
+    Example:
+        >>> blur = torch.full((1, 1, 3, 3), 1 / 9)
+        >>> round(conv2d_bound(blur, padding=1).item(), 6)
+        1.0
+    """
+    spatial_axes(weight, allowed=(2,))
+    return conv_bound(
+        weight,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=padding_mode,
+        input_size=input_size,
+        method=method,
+        tol=tol,
+    )
+
+
+def conv3d_bound(
+    weight: Tensor,
+    *,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    input_size: Size | None = None,
+    method: str = "fantastic_four",
+    tol: float = 1e-3,
+) -> Tensor:
+    """`conv_bound` of a layer with three axes: ``weight`` is ``(c_out, c_in // groups, t, h, w)``.
+
+    Example:
+        >>> blur = torch.full((1, 1, 2, 2, 2), 1 / 8)
+        >>> round(conv3d_bound(blur, stride=2).item(), 6)  # a mean of 8: 1 / sqrt(8)
+        0.353553
+    """
+    spatial_axes(weight, allowed=(3,))
+    return conv_bound(
+        weight,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=padding_mode,
+        input_size=input_size,
+        method=method,
+        tol=tol,
+    )
+
+
+def conv_bound(
+    weight: Tensor,
+    *,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    input_size: Size | None = None,
     method: str = "fantastic_four",
     tol: float = 1e-3,
 ) -> Tensor:
     r"""Proven upper bound of the spectral norm of a convolution layer's Jacobian.
 
-    Claim: ``||J|| <= conv2d_bound(weight, ...)`` for the stored weights, rounding included, where
-    ``J`` is the Jacobian of ``torch.nn.functional.conv2d`` (after `padding_mode`'s padding) with
-    respect to its input.
+    Claim: ``||J|| <= conv_bound(weight, ...)`` for the stored weights, rounding included, where
+    ``J`` is the Jacobian of ``torch.nn.functional.conv1d``, ``conv2d`` or ``conv3d`` (after
+    `padding_mode`'s padding) with respect to its input. The number of spatial axes is that of the
+    weight.
 
     Let ``sigma*`` be the norm of the convolution on the infinite lattice, which ``method`` bounds.
 
@@ -46,18 +150,16 @@ def conv2d_bound(
       matrix, whose squared norm is the largest number of times that an entry is repeated.
 
     Args:
-        weight: ``(c_out, c_in // groups, h, w)``.
+        weight: ``(c_out, c_in // groups, *taps)`` with one to three axes of taps.
         stride: step of the output grid, per axis.
         padding: amount per axis, or ``"same"`` or ``"valid"``.
         dilation: spacing of the taps, per axis.
         groups: number of channel groups.
         padding_mode: ``"zeros"``, ``"circular"``, ``"reflect"`` or ``"replicate"``, as in
             ``torch.nn.Conv2d``.
-        input_size: ``(height, width)`` of the unpadded input. Matters only for the last three
-            modes; ``None`` gives a bound for every size.
-        method: how ``sigma*`` is bounded: ``"fantastic_four"`` (four matrices; at most
-            ``sqrt(h w)`` too large) or ``"supremum"`` (branch and bound over the frequencies; at
-            most ``1 + tol`` too large, see `supremum_bracket`).
+        input_size: length of each axis of the unpadded input, ``(height, width)`` for two. Matters
+            only for the last three modes; ``None`` gives a bound for every size.
+        method: how ``sigma*`` is bounded, see `lattice_bound`.
         tol: relative gap of ``"supremum"``.
 
     Returns:
@@ -72,30 +174,42 @@ def conv2d_bound(
         (circular padding).
 
     Example:
-        >>> blur = torch.full((1, 1, 3, 3), 1 / 9)
-        >>> round(conv2d_bound(blur, padding=1).item(), 6)
+        >>> shift = torch.tensor([[[0.0, 0.0, 1.0]]])
+        >>> round(conv_bound(shift, padding=1, method="supremum").item(), 2)
         1.0
+        >>> repeated = conv_bound(shift, padding=1, padding_mode="replicate", method="supremum")
+        >>> round(repeated.item(), 2)  # an input of one entry is seen three times
+        1.73
     """
-    if method not in METHODS:
-        raise ValueError(f"expected method to be one of {', '.join(METHODS)}, got {method!r}")
-    if weight.ndim != 4:
-        raise ValueError(
-            f"expected a weight (c_out, c_in // groups, h, w), got {tuple(weight.shape)}"
-        )
+    spatial_axes(weight)
     strides, repeats = padding_effect(
-        (weight.shape[2], weight.shape[3]),
+        tuple(weight.shape[2:]),
         stride=stride,
         padding=padding,
         dilation=dilation,
         padding_mode=padding_mode,
         input_size=input_size,
     )
-    if method == "supremum":
-        kernel = unit_stride_kernel(weight, stride=strides, dilation=dilation, groups=groups)
-        bound = supremum_bound(kernel, tol)
-    else:
-        bound = fantastic_four_bound(weight, stride=strides, dilation=dilation, groups=groups)
+    bound = lattice_bound(
+        weight, stride=strides, dilation=dilation, groups=groups, method=method, tol=tol
+    )
     if repeats == 1:
         return bound
     gain = math.nextafter(math.sqrt(repeats), math.inf)
     return product_bound(bound, torch.tensor(gain, dtype=bound.dtype, device=bound.device))
+
+
+def lattice_bound(
+    weight: Tensor, *, stride: Size, dilation: Size, groups: int, method: str, tol: float
+) -> Tensor:
+    """Proven upper bound of ``sigma*``, the norm of a convolution on the infinite lattice.
+
+    ``method`` is ``"fantastic_four"`` (the smallest of ``2**d`` matrices for ``d`` axes; at most
+    ``sqrt(t1 ... td)`` too large, see `fantastic_four_bound`) or ``"supremum"`` (branch and bound
+    over the frequencies; at most ``1 + tol`` too large, see `supremum_bracket`). The other
+    arguments are those of `conv_bound`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"expected method to be one of {', '.join(METHODS)}, got {method!r}")
+    kernel = unit_stride_kernel(weight, stride=stride, dilation=dilation, groups=groups)
+    return METHODS[method](kernel, tol)

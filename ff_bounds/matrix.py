@@ -8,13 +8,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ff_bounds.lanczos import top_eigenpair
 from ff_bounds.rounding import (
     SMALLEST_NORMAL,
     UNIT_ROUNDOFF,
     gamma,
     round_up,
     scale_by_power_of_two,
+    undo_scaling,
 )
+
+_LARGE = 256  # from this size of the Gram matrix on Lanczos is faster than eigh (2 CPU threads)
+_LANCZOS_STEPS = 200  # beyond, or where it missed the largest eigenvalue, it is eigh's turn
+_LANCZOS_TOLERANCE = 1e-10
 
 
 def spectral_norm_bound(matrix: Tensor) -> Tensor:
@@ -22,18 +28,20 @@ def spectral_norm_bound(matrix: Tensor) -> Tensor:
 
     Claim: ``||A|| <= spectral_norm_bound(A)`` for the stored entries of ``A``, rounding included.
 
-    An eigendecomposition only *suggests* the value; a factorisation proves it. With ``G`` the
-    computed smaller Gram matrix (``A A^T``, say), ``t`` slightly above its largest computed
-    eigenvalue, ``M = fl(t I - G)`` and ``L`` *any* lower triangular matrix,
+    The largest eigenvalue of the smaller Gram matrix is only *suggested*, by the Lanczos process or
+    an eigendecomposition; a factorisation proves it. With ``G`` the computed Gram matrix
+    (``A A^T``, say), ``t`` slightly above its largest computed eigenvalue, ``M = fl(t I - G)`` and
+    ``L`` *any* lower triangular matrix,
 
         ``t - ||A||^2 >= lambda_min(M) - e >= -||M - L L^T||_F - e``,
 
     because ``L L^T`` is positive semidefinite; ``e`` is the rounding of ``G`` and of ``M``. The
     Cholesky factor makes the residual tiny, but nothing is assumed about how it was computed: a
     bad factor gives a looser bound, never a wrong one. Every rounding is paid for:
-    ``k = max(m, n)`` terms in ``G``, at most ``min(m, n) + 3`` in the residual. The result
+    ``k = max(m, n)`` terms in ``G``, at most ``min(m, n) + 3`` in the residual. Where Lanczos
+    suggested too little for the factorisation to succeed, eigh suggests anew. The result
     exceeds the norm by less than ``1e-8`` relative for ``m n <= 10**7`` and norms above ``1e-307``,
-    as long as the first factorisation succeeds (else the next one is 64 times looser).
+    as long as the factorisation then succeeds (else the next one is 64 times looser).
 
     Covers every finite matrix of float16, bfloat16, float32 or float64 (entries are scaled by a
     power of two first), zero and rank-deficient ones too. Differentiable: the gradient is
@@ -102,9 +110,7 @@ def _bound_and_gradient(matrix: Tensor) -> tuple[Tensor, Tensor]:
     exponent = torch.frexp(largest).exponent
     scaled = scale_by_power_of_two(matrix, -exponent[..., None, None])
 
-    gram = scaled @ scaled.mT
-    squared, left = _largest_eigenpair(gram)
-    proven_square = _bound_of_square(scaled, gram, squared)
+    proven_square, left = _bound_of_square(scaled, scaled @ scaled.mT)
     proven = round_up(proven_square.sqrt(), 1)
 
     right = (left.unsqueeze(-2) @ scaled).squeeze(-2)
@@ -112,21 +118,16 @@ def _bound_and_gradient(matrix: Tensor) -> tuple[Tensor, Tensor]:
     ratio = torch.where(estimate > 0, proven / estimate.square(), torch.zeros_like(proven))
     gradient = (ratio[..., None] * left)[..., :, None] * right[..., None, :]
 
-    # Scaling back is exact, or overflows to inf, or underflows by at most one smallest normal.
-    unscaled = scale_by_power_of_two(proven, exponent)
-    underflown = unscaled < 2.0 * SMALLEST_NORMAL
-    unscaled = torch.where(underflown, unscaled + SMALLEST_NORMAL, unscaled)
+    unscaled = undo_scaling(proven, exponent)
     return torch.where(largest > 0, unscaled, torch.zeros_like(proven)), gradient
 
 
-def _largest_eigenpair(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimates of the largest eigenvalue ``(...)`` and its eigenvector ``(..., n)``."""
-    values, vectors = torch.linalg.eigh(gram)
-    return values[..., -1].clamp_min(0.0), vectors[..., :, -1]
+def _bound_of_square(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Proven bound of ``||A||^2`` for matrices with entries of size about 1, and singular vectors.
 
-
-def _bound_of_square(matrix: Tensor, gram: Tensor, estimate: Tensor) -> Tensor:
-    """Proven bound of ``||A||^2`` from an estimate, for matrices with entries of size about 1."""
+    Returns:
+        ``(...)`` bounds, and ``(..., m)`` unit vectors with ``||A^T left||`` close to the norm.
+    """
     rows, columns = matrix.shape[-2:]
     frobenius = round_up(matrix.square().sum(dim=(-2, -1)), rows * columns + 1)
     gram_error = gamma(columns + 1) * frobenius + rows * columns * SMALLEST_NORMAL
@@ -134,15 +135,15 @@ def _bound_of_square(matrix: Tensor, gram: Tensor, estimate: Tensor) -> Tensor:
     best = frobenius  # ||A||^2 <= ||A||_F^2 holds without any factorisation
     identity = torch.eye(rows, dtype=gram.dtype, device=gram.device)
     slack = 8.0 * (rows + 4) * UNIT_ROUNDOFF * frobenius
-    for _ in range(3):
+    estimate, left = _largest_eigenpair(gram)
+    for attempt in range(3):
         shift = estimate + slack
         shifted = shift[..., None, None] * identity - gram
         factor, _info = torch.linalg.cholesky_ex(shifted)
         factor = factor.tril()
-        residual = shifted - factor @ factor.mT
-        residual_norm = residual.square().sum(dim=(-2, -1)).sqrt()
-        shifted_norm = shifted.square().sum(dim=(-2, -1)).sqrt()
-        factor_norm = factor.square().sum(dim=(-2, -1))
+        residual_norm = torch.linalg.matrix_norm(shifted - factor @ factor.mT)
+        shifted_norm = torch.linalg.matrix_norm(shifted)
+        factor_norm = torch.linalg.matrix_norm(factor).square()
         error = (
             residual_norm
             + gamma(rows + 3) * (shifted_norm + factor_norm)
@@ -151,10 +152,34 @@ def _bound_of_square(matrix: Tensor, gram: Tensor, estimate: Tensor) -> Tensor:
         # Twice the error covers the rounding of the error terms themselves (and more).
         proven = round_up(shift + 2.0 * error + 2.0 * gram_error, 4)
         best = torch.fmin(best, proven)
-        if bool((residual_norm <= slack).all()):
+        failed = ~(residual_norm <= slack)  # or NaN
+        if not bool(failed.any()):
             break
-        slack = slack * 64.0
-    return best
+        if attempt == 0:
+            estimate[failed], left[failed] = _by_decomposition(gram[failed])
+        else:
+            slack = slack * 64.0
+    return best, left
+
+
+def _largest_eigenpair(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimates of the largest eigenvalue ``(...)``, rather too large, and its vector ``(..., m)``.
+
+    The value of the Lanczos process is too small by about its tolerance at most, unless the start
+    is nearly orthogonal to the vector, or there are too few steps to tell eigenvalues apart.
+    """
+    if gram.shape[-1] < _LARGE:
+        return _by_decomposition(gram)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(gram.shape[-1], generator=generator, dtype=gram.dtype).to(gram.device)
+    start = start.expand(gram.shape[:-1])
+    left, value = top_eigenpair(gram, start, _LANCZOS_STEPS, _LANCZOS_TOLERANCE)
+    return value * (1.0 + 2.0 * _LANCZOS_TOLERANCE), left
+
+
+def _by_decomposition(gram: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(gram)
+    return values[..., -1].clamp_min(0.0), vectors[..., :, -1]
 
 
 class _AttachGradient(torch.autograd.Function):

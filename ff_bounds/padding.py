@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import math
 
-from ff_bounds.unfoldings import Size2d, pair
+from ff_bounds.unfoldings import Size, per_axis
 
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
 
-Amounts = tuple[tuple[int, int], tuple[int, int]]
-"""Padding ``((top, bottom), (left, right))``."""
+Amounts = tuple[tuple[int, int], ...]
+"""Padding ``(before, after)`` of each axis."""
 
 
 def padding_amounts(
-    padding: Size2d | str,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
+    padding: Size | str,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
 ) -> Amounts:
-    """Resolve ``conv2d``'s ``padding`` (numbers, ``"same"`` or ``"valid"``) to amounts per side."""
+    """Resolve a layer's ``padding`` (numbers, ``"same"`` or ``"valid"``) to amounts per side."""
     if padding == "valid":
-        return (0, 0), (0, 0)
+        return ((0, 0),) * len(kernel_size)
     if padding == "same":
-        if stride != (1, 1):
+        if any(step != 1 for step in stride):
             raise ValueError(f"expected stride 1 with padding='same', got {stride}")
         total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
-        first, second = ((t // 2, t - t // 2) for t in total)
-        return first, second
+        return tuple((t // 2, t - t // 2) for t in total)
     if isinstance(padding, str):
         raise ValueError(f"expected padding as integers, 'same' or 'valid', got {padding!r}")
-    vertical, horizontal = pair(padding, "padding", 0)
-    return (vertical, vertical), (horizontal, horizontal)
+    return tuple((p, p) for p in per_axis(padding, "padding", 0, len(kernel_size)))
 
 
 def duplication(mode: str, before: int, after: int, size: int | None) -> int:
@@ -109,18 +107,21 @@ def wrapped_rows(
 
 
 def padding_effect(
-    kernel_size: tuple[int, int],
+    kernel_size: tuple[int, ...],
     *,
-    stride: Size2d,
-    padding: Size2d | str,
-    dilation: Size2d,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
     padding_mode: str,
-    input_size: tuple[int, int] | None,
-) -> tuple[tuple[int, int], int]:
-    """What padding does to the norm of a convolution layer.
+    input_size: Size | None,
+) -> tuple[tuple[int, ...], int]:
+    """What padding does to the norm of a convolution layer, with any number of spatial axes.
 
     Claim: the layer's Jacobian has norm at most ``sqrt(repeats) sigma*``, with ``sigma*`` the norm,
     on the infinite lattice, of the convolution with the returned stride.
+
+    Padding acts on each axis by itself. The padding matrix is the Kronecker product of those of
+    the axes, and a place of the output is one place per axis, so the repeats multiply.
 
     Args:
         kernel_size: taps per axis.
@@ -128,7 +129,7 @@ def padding_effect(
         padding: amount per axis, or ``"same"`` or ``"valid"``.
         dilation: spacing of the taps, per axis.
         padding_mode: as in ``torch.nn.Conv2d``.
-        input_size: ``(height, width)``, or ``None`` for the worst case over all sizes.
+        input_size: length of each axis, or ``None`` for the worst case over all sizes.
 
     Returns:
         ``(stride, repeats)``.
@@ -140,9 +141,12 @@ def padding_effect(
         raise ValueError(
             f"expected padding_mode to be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}"
         )
-    strides = pair(stride, "stride", 1)
-    dilations = pair(dilation, "dilation", 1)
-    sizes = (None, None) if input_size is None else pair(input_size, "input_size", 1)
+    axes = len(kernel_size)
+    strides = per_axis(stride, "stride", 1, axes)
+    dilations = per_axis(dilation, "dilation", 1, axes)
+    sizes: tuple[int | None, ...] = (None,) * axes
+    if input_size is not None:
+        sizes = per_axis(input_size, "input_size", 1, axes)
     amounts = padding_amounts(padding, kernel_size, strides, dilations)
     reach = [d * (k - 1) for d, k in zip(dilations, kernel_size, strict=True)]
     for extent, size, (before, after) in zip(reach, sizes, amounts, strict=True):
@@ -162,4 +166,4 @@ def padding_effect(
         else:
             times = duplication(padding_mode, before, after, sizes[axis])
         repeats *= times
-    return (kept[0], kept[1]), repeats
+    return tuple(kept), repeats

@@ -92,3 +92,16 @@ def scale_by_power_of_two(value: Tensor, exponent: Tensor) -> Tensor:
     """
     half = torch.div(exponent, 2, rounding_mode="floor")
     return value * power_of_two(half) * power_of_two(exponent - half)
+
+
+def undo_scaling(bound: Tensor, exponent: Tensor) -> Tensor:
+    """Upper bound of ``value * 2.0 ** exponent`` from an upper bound of ``value``.
+
+    Exact, or infinite on overflow, or one smallest normal number more where the result underflows.
+
+    Args:
+        bound: float64, non-negative.
+        exponent: integers in ``[-1074, 1024]``, as from ``torch.frexp``.
+    """
+    scaled = scale_by_power_of_two(bound, exponent)
+    return torch.where(scaled < 2.0 * SMALLEST_NORMAL, scaled + SMALLEST_NORMAL, scaled)

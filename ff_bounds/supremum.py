@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ff_bounds.branch_and_bound import branch_and_bound
 from ff_bounds.matrix import attach_gradient, check_finite_real
 from ff_bounds.rounding import SMALLEST_NORMAL, scale_by_power_of_two
-from ff_bounds.symbol import GramPolynomial, normalized_kernels
+from ff_bounds.symbol import normalized_kernels
 
 MAX_MATRICES = 20_000
 """A search that would visit more matrices (and 8 first covers) settles for a larger gap."""
@@ -55,7 +56,17 @@ def supremum_bracket(kernel: Tensor, tol: float = 1e-3) -> NormBracket:
         >>> bool(4 / 1.001 <= found.lower <= 4 <= found.upper)  # 2 + 2, at frequency pi
         True
     """
-    return _bracket_and_vector(kernel.detach(), tol)[0]
+    return supremum_brackets([kernel], tol)[0]
+
+
+def supremum_brackets(kernels: Sequence[Tensor], tol: float = 1e-3) -> list[NormBracket]:
+    """`supremum_bracket` of each kernel; those of equal shape are searched together.
+
+    Args:
+        kernels: each ``(groups, c_out, c_in, *taps)``, on one device.
+        tol: relative gap.
+    """
+    return [found.bracket for found in _search(kernels, tol)]
 
 
 def supremum_bound(kernel: Tensor, tol: float = 1e-3) -> Tensor:
@@ -65,55 +76,116 @@ def supremum_bound(kernel: Tensor, tol: float = 1e-3) -> Tensor:
     attained (a subgradient if several attain the supremum, to within the tolerance), scaled so
     that ``<gradient, kernel>`` equals the bound; zero for a zero kernel.
     """
-    bracket, left = _bracket_and_vector(kernel.detach(), tol)
+    return supremum_bounds([kernel], tol)[0]
+
+
+def supremum_bounds(kernels: Sequence[Tensor], tol: float = 1e-3) -> list[Tensor]:
+    """`supremum_bound` of each kernel; those of equal shape are searched together.
+
+    Example:
+        >>> kernels = [torch.ones(1, 2, 3, 3, 3), torch.ones(4, 1, 1, 5)]
+        >>> [round(bound.item(), 1) for bound in supremum_bounds(kernels)]
+        [22.1, 5.0]
+    """
+    found = _search(kernels, tol)
+    return [_differentiable(k, f.bracket, f.left) for k, f in zip(kernels, found, strict=True)]
+
+
+def _differentiable(kernel: Tensor, bracket: NormBracket, left: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and kernel.requires_grad):
         return bracket.upper
-    chosen = kernel.detach()[bracket.group].to(torch.float64)
+    gradient = symbol_norm_gradient(
+        kernel.detach(), bracket.group, bracket.frequency, left, bracket.upper
+    )
+    return attach_gradient(kernel.to(torch.float64), bracket.upper, gradient)
+
+
+def symbol_norm_gradient(
+    kernel: Tensor, group: int, frequency: Tensor, left: Tensor, value: Tensor
+) -> Tensor:
+    """Gradient of ``||K(w)||`` with the singular vector ``left``, scaled to ``value``.
+
+    Args:
+        kernel: ``(groups, c_out, c_in, *taps)``.
+        group: the kernel meant.
+        frequency: ``(d,)``, the ``w`` meant.
+        left: complex, on the smaller side of the kernel.
+        value: ``<gradient, kernel>`` afterwards.
+
+    Returns:
+        Of the shape of ``kernel``, float64.
+    """
+    chosen = kernel[group].to(torch.float64)
     wide = chosen.shape[0] <= chosen.shape[1]
     chosen = chosen if wide else chosen.transpose(0, 1)
     taps = chosen.shape[2:]
     grids = torch.meshgrid(*(torch.arange(t) for t in taps), indexing="ij")
-    places = torch.stack(grids, dim=-1).reshape(-1, len(taps)).to(bracket.frequency)
-    phase = torch.exp(-1j * (places @ bracket.frequency))
+    places = torch.stack(grids, dim=-1).reshape(-1, len(taps)).to(frequency)
+    phase = torch.exp(-1j * (places @ frequency))
     symbol = (chosen.flatten(2) * phase).sum(dim=2)
     right = symbol.mH @ left  # norm times the other singular vector
     square = right.abs().square().sum()
-    scale = torch.where(square > 0, bracket.upper / square, 0.0)
+    scale = torch.where(square > 0, value / square, 0.0)
     direction = (left.conj()[:, None, None] * right[None, :, None] * phase).real
     direction = scale * direction.reshape(chosen.shape)
     gradient = torch.zeros(kernel.shape, dtype=torch.float64, device=kernel.device)
-    gradient[bracket.group] = direction if wide else direction.transpose(0, 1)
-    return attach_gradient(kernel.to(torch.float64), bracket.upper, gradient)
+    gradient[group] = direction if wide else direction.transpose(0, 1)
+    return gradient
 
 
-def _bracket_and_vector(kernel: Tensor, tol: float) -> tuple[NormBracket, Tensor]:
-    """Bracket, and the singular vector on the smaller side at its peak."""
-    check_finite_real(kernel, "weight")
+class _Found(NamedTuple):
+    """A bracket, and the singular vector on the smaller side at its peak."""
+
+    bracket: NormBracket
+    left: Tensor
+
+
+def _search(kernels: Sequence[Tensor], tol: float) -> list[_Found]:
+    """Search for each kernel's bracket, all of one shape together."""
     if not 1e-6 <= tol <= 1.0:
         raise ValueError(f"expected tol between 1e-6 and 1, got {tol}")
-    trimmed = _without_zero_borders(kernel)
-    axes = [axis for axis, taps in enumerate(trimmed.shape[3:]) if taps > 1]
-    squeezed = trimmed.reshape(*kernel.shape[:3], *(trimmed.shape[3 + axis] for axis in axes))
-    owner = torch.zeros(len(kernel), dtype=torch.int64, device=kernel.device)
-    normalized, exponent = normalized_kernels(squeezed, owner)
-    found = branch_and_bound(GramPolynomial(normalized), owner, tol, MAX_MATRICES)
-    lower = scale_by_power_of_two(found.lower, exponent)[0]
-    upper = scale_by_power_of_two(found.upper, exponent)[0]
-    tiny = 2.0 * SMALLEST_NORMAL  # what scaling back may have lost to underflow
-    lower = torch.where(lower > tiny, lower, 0.0).clamp_max(torch.finfo(torch.float64).max)
-    upper = torch.where(upper > tiny, upper, upper + tiny)
-    upper = torch.where((normalized == 0).all(), 0.0, upper)
-    frequency = torch.zeros(kernel.ndim - 3, dtype=torch.float64, device=kernel.device)
-    frequency[axes] = found.frequency[0]
-    bracket = NormBracket(lower, upper, frequency, int(found.problem[0]), found.matrices)
-    return bracket, found.left[0]
+    prepared = [_without_trivial_axes(kernel.detach()) for kernel in kernels]
+    shapes: dict[tuple[torch.Size, torch.device], list[int]] = {}
+    for index, (kernel, _) in enumerate(prepared):
+        shapes.setdefault((kernel.shape, kernel.device), []).append(index)
+    results: dict[int, _Found] = {}
+    for (shape, device), members in shapes.items():
+        owner = torch.arange(len(members), device=device).repeat_interleave(shape[0])
+        normalized, exponent = normalized_kernels(
+            torch.cat([prepared[i][0].to(torch.float64) for i in members]), owner
+        )
+        found = branch_and_bound(normalized, owner, tol, MAX_MATRICES)
+        lower = scale_by_power_of_two(found.lower, exponent)
+        upper = scale_by_power_of_two(found.upper, exponent)
+        tiny = 2.0 * SMALLEST_NORMAL  # what scaling back may have lost to underflow
+        lower = torch.where(lower > tiny, lower, 0.0).clamp_max(torch.finfo(torch.float64).max)
+        upper = torch.where(upper > tiny, upper, upper + tiny)
+        zero = (normalized == 0).flatten(1).all(dim=1).reshape(len(members), -1).all(dim=1)
+        upper = torch.where(zero, 0.0, upper)
+        group = (found.problem - torch.arange(len(members), device=device) * shape[0]).tolist()
+        matrices = found.matrices.tolist()
+        for place, index in enumerate(members):
+            axes = prepared[index][1]
+            frequency = lower.new_zeros(kernels[index].ndim - 3)
+            frequency[axes] = found.frequency[place]
+            bracket = NormBracket(
+                lower[place], upper[place], frequency, group[place], matrices[place]
+            )
+            results[index] = _Found(bracket, found.left[place])
+    return [results[index] for index in range(len(kernels))]
 
 
-def _without_zero_borders(kernel: Tensor) -> Tensor:
-    """Drop outer taps that are zero in all groups: a shift, which changes no norm."""
+def _without_trivial_axes(kernel: Tensor) -> tuple[Tensor, list[int]]:
+    """Drop outer taps that are zero in all groups (a shift), then axes with one tap.
+
+    Returns:
+        The kernel, and which of the axes are left.
+    """
+    check_finite_real(kernel, "weight")
     for axis in range(3, kernel.ndim):
         used = torch.nonzero(kernel.movedim(axis, 0).flatten(1).any(dim=1))[:, 0]
         if len(used):
             first, last = int(used[0]), int(used[-1])
             kernel = kernel.narrow(axis, first, last - first + 1)
-    return kernel
+    axes = [axis for axis, taps in enumerate(kernel.shape[3:]) if taps > 1]
+    return kernel.reshape(*kernel.shape[:3], *(kernel.shape[3 + axis] for axis in axes)), axes

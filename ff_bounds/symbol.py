@@ -13,20 +13,112 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ff_bounds.positive import factorisation_slack, proves_positive
 from ff_bounds.rounding import UNIT_ROUNDOFF, gamma, scale_by_power_of_two
 
-_CHUNK_BYTES = 2**27  # complex matrices held at once
+CHUNK_BYTES = 2**27
+"""Complex matrices held at once take so much memory."""
+
+_SMALL = 600  # entries of a matrix: below, it costs less to gather coefficients than to loop
+
+
+class Symbol:
+    """``K(w) = sum_a K_a exp(-i <a, w>)`` of a batch of kernels, with a bound of its rounding.
+
+    Args:
+        kernels: ``(problems, m, n, *taps)`` float64 and finite.
+        origin: the exponent of the first tap, per axis (zero unless told).
+
+    Attributes:
+        sizes: ``(problems,)`` bound of ``||K(w)||`` for every ``w``: ``sum_a ||K_a||_F``.
+        error: ``(problems,)`` bound of ``||computed K(w) - K(w)||_F`` for every frequency with
+            ``|w_j| <= 2 pi``.
+
+    The error bound: each entry is a sum of ``prod(taps)`` products with a cosine or sine that is
+    off by the rounding of its angle, at most ``2 (d + 1) u |<a, w>|``, and of the library function
+    (4u is generous); all relative to ``sum_a |K_a|``. A factor 4 covers the two parts and the rest.
+    """
+
+    def __init__(self, kernels: Tensor, origin: Sequence[int] | None = None) -> None:
+        self.kernels = kernels
+        self.rows, self.columns = kernels.shape[1:3]
+        self.taps = tuple(kernels.shape[3:])
+        count, dimension = math.prod(self.taps), len(self.taps)
+        origin = [0] * dimension if origin is None else list(origin)
+        lines = (range(o, o + t) for o, t in zip(origin, self.taps, strict=True))
+        places = torch.tensor(list(itertools.product(*lines)), dtype=torch.float64)
+        self.places = places.reshape(count, dimension).to(kernels.device)
+        self._flat = kernels.flatten(3) if dimension else kernels[..., None]
+        self._flat = self._flat.permute(0, 3, 1, 2).flatten(2).contiguous()  # (problems, taps, mn)
+        self.sizes = torch.linalg.vector_norm(self._flat, dim=2).sum(dim=1)
+        self.sizes = self.sizes * (1.0 + gamma(self.rows * self.columns + count + 2))
+        reach = 2 * math.pi * float(self.places.abs().amax(dim=0).sum()) if dimension else 0.0
+        relative = gamma(count + 4) + 2 * (dimension + 1) * UNIT_ROUNDOFF * reach
+        self.error = 4 * (relative + 8 * UNIT_ROUNDOFF) * self.sizes + 1e-290
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """``T T^T`` ``(problems, m, m)``: the mean of ``K K^H`` over all frequencies.
+
+        ``T`` is the unfolding ``(m, n prod(taps))``.
+        """
+        flat = self.kernels.flatten(2)
+        return flat @ flat.mT
+
+    def __call__(self, problem: Tensor, frequency: Tensor) -> Tensor:
+        """Evaluate ``K`` of kernel ``problem[c]`` at ``frequency[c]``.
+
+        Args:
+            problem: ``(cells,)`` int64, in ascending order.
+            frequency: ``(cells, d)``, entries in ``[-2 pi, 2 pi]``.
+
+        Returns:
+            ``(cells, m, n)`` complex128.
+        """
+        angle = frequency @ self.places.mT
+        real = combine(self._flat, problem, angle.cos())
+        imaginary = combine(self._flat, problem, -angle.sin())
+        return torch.complex(real, imaginary).reshape(-1, self.rows, self.columns)
+
+    def rows_at(self, problem: Tensor, left: Tensor) -> Tensor:
+        """The row kernel ``left^H K`` of each cell: ``(cells, taps, n)`` for ``left`` ``(cells, m)``."""
+        basis = self._flat.unflatten(2, (self.rows, self.columns))
+        parts = torch.stack([left.real, -left.imag], dim=1)  # (cells, 2, m)
+        if len(basis) > 1 and self._flat.shape[2] < _SMALL:
+            rows = parts[:, None] @ basis[problem]  # (cells, taps, 2, n)
+        else:
+            pieces = zip(*_by_problem(problem, parts), strict=True)
+            products = [part.flatten(0, 1) @ basis[index] for index, part in pieces]
+            rows = torch.cat([p.unflatten(1, (-1, 2)).movedim(0, 1) for p in products])
+        return torch.complex(rows[:, :, 0].contiguous(), rows[:, :, 1].contiguous())
+
+
+def _by_problem(problem: Tensor, values: Tensor) -> tuple[list[int], list[Tensor]]:
+    """Split ``values`` of cells in ascending order of ``problem``: the problems and their parts."""
+    indices, counts = torch.unique_consecutive(problem, return_counts=True)
+    return indices.tolist(), list(values.split(counts.tolist()))
+
+
+def combine(basis: Tensor, problem: Tensor, weight: Tensor) -> Tensor:
+    """``sum_s weight[c, s] basis[problem[c], s]`` for ``basis`` ``(problems, terms, size)``."""
+    if len(basis) == 1:
+        return weight @ basis[0]
+    if basis.shape[2] < _SMALL:
+        return (weight[:, None] @ basis[problem])[:, 0]
+    pieces = zip(*_by_problem(problem, weight), strict=True)
+    return torch.cat([piece @ basis[index] for index, piece in pieces])
 
 
 class GramPolynomial:
     """``G(w) = K(w) K(w)^H`` of a batch of kernels, with a bound of its rounding errors.
 
     Args:
-        kernels: ``(problems, m, n, *taps)`` float64 and finite, with entries of size about one (see
+        symbol: kernels ``(problems, m, n, *taps)`` with entries of size about one (see
             `normalized_kernels`), ``m <= n``.
 
     Attributes:
@@ -40,28 +132,24 @@ class GramPolynomial:
     prod(taps) ||K||_F^2``. A factor 4 covers the real and imaginary parts and what is left.
     """
 
-    def __init__(self, kernels: Tensor) -> None:
-        _, rows, columns = kernels.shape[:3]
-        self.taps = tuple(kernels.shape[3:])
-        self.rows = rows
-        self.kernels = kernels
+    def __init__(self, symbol: Symbol) -> None:
+        kernels, columns = symbol.kernels, symbol.columns
+        self.taps = symbol.taps
+        self.rows = symbol.rows
         dimension, count = len(self.taps), math.prod(self.taps)
         shifts = _half_space(self.taps)
         self._shifts = torch.tensor(shifts, dtype=torch.float64, device=kernels.device)
         self._shifts = self._shifts.reshape(len(shifts), dimension)
 
-        even, odd = [], []
-        for shift in shifts:
+        even, odd = [symbol.mean], []
+        for shift in shifts[1:]:
             ahead, behind = kernels, kernels
             for axis, (s, t) in enumerate(zip(shift, self.taps, strict=True), start=3):
                 ahead = ahead.narrow(axis, max(s, 0), t - abs(s))
                 behind = behind.narrow(axis, max(-s, 0), t - abs(s))
             product = ahead.flatten(2) @ behind.flatten(2).mT
-            if any(shift):
-                even.append(product + product.mT)
-                odd.append(product - product.mT)
-            else:
-                even.append(product)
+            even.append(product + product.mT)
+            odd.append(product - product.mT)
         self._even = torch.stack(even, dim=1).flatten(2)  # (problems, H + 1, m * m)
         self._odd = torch.stack(odd, dim=1).flatten(2) if odd else None
 
@@ -74,7 +162,7 @@ class GramPolynomial:
     @property
     def chunk(self) -> int:
         """How many matrices to ask for at once."""
-        return max(1, _CHUNK_BYTES // (16 * self.rows * self.rows))
+        return max(1, CHUNK_BYTES // (16 * self.rows * self.rows))
 
     def __call__(self, problem: Tensor, frequency: Tensor) -> Tensor:
         """Evaluate ``G`` of kernel ``problem[c]`` at ``frequency[c]``.
@@ -91,23 +179,12 @@ class GramPolynomial:
         for basis, weight in ((self._even, angle.cos()), (self._odd, -angle[:, 1:].sin())):
             if basis is None:
                 parts.append(torch.zeros_like(parts[0]))
-            elif self.rows < 24:  # small matrices: gather the coefficients
-                parts.append((weight[:, None] @ basis[problem])[:, 0])
             else:
-                counts = torch.bincount(problem, minlength=len(basis)).tolist()
-                pieces = zip(weight.split(counts), basis, strict=True)
-                parts.append(torch.cat([piece @ matrix for piece, matrix in pieces]))
+                parts.append(combine(basis, problem, weight))
         return torch.complex(parts[0], parts[1]).reshape(-1, self.rows, self.rows)
 
     def proves(self, problem: Tensor, gram: Tensor, limit: Tensor) -> Tensor:
-        r"""Whether it is proven that ``||G(w)|| <= limit``, for computed ``gram``.
-
-        If floating-point Cholesky of a Hermitian ``M`` of size ``m`` runs to completion, then
-        ``lambda_min(M) >= -4(m + 4) u tr(M)`` (Demmel; Rump 2006, complex and generous); so
-        success for ``M = t I - G``, with ``t`` that much and `error` below ``limit``, is the proof.
-        It is assumed that the library's Cholesky is a Cholesky, with triangular systems solved by
-        substitution; off the CPU, where that is not known, the factor's residual
-        ``||M - L L^H||_F`` is checked instead (its own rounding is below a quarter of the slack).
+        """Whether it is proven that ``||G(w)|| <= limit``; see `proves_positive`.
 
         Args:
             problem: ``(cells,)`` int64.
@@ -116,26 +193,11 @@ class GramPolynomial:
 
         Returns:
             ``(cells,)`` bool; false says nothing.
-
-        References:
-            S. M. Rump, Verification of positive definiteness, BIT 46 (2006), theorem 2.3.
         """
-        rows = self.rows
-        slack = 32.0 * (rows + 4) * (rows + 1) * UNIT_ROUNDOFF * limit + 2.0 * self.error[problem]
-        shift = limit - slack
-        if rows == 1:
-            within: Tensor = gram[:, 0, 0].real <= shift
-            return within
+        slack = factorisation_slack(self.rows, (self.rows + 1) * limit) + 2.0 * self.error[problem]
         shifted = gram.neg_()
-        shifted.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        if gram.device.type == "cpu":
-            completed: Tensor = (info == 0) & (shift > 0)
-            return completed
-        factor = factor.tril()
-        residual = torch.linalg.matrix_norm(shifted - factor @ factor.mH)
-        small: Tensor = (residual <= 0.25 * slack) & (shift > 0)
-        return small
+        shifted.diagonal(dim1=-2, dim2=-1).add_(limit[:, None])
+        return proves_positive(shifted, slack) & (limit > slack)
 
 
 def _half_space(taps: Sequence[int]) -> list[tuple[int, ...]]:

@@ -188,6 +188,90 @@ def test_low_rank_is_as_tight_as_full_rank(rank: int) -> None:
     assert exact <= spectral_norm_bound(left @ right.T) <= exact * (1 + 1e-8)
 
 
+def large_matrix(kind: str) -> Tensor:
+    """Matrices that are left to the Lanczos process, and the spectra that it finds hard."""
+    generator = torch.Generator().manual_seed(5)
+    left, right = torch.randn(2, 300, 300, generator=generator, dtype=torch.float64)
+    if kind in STYLES:
+        return random_matrix((270, 300), kind, 3)
+    left, right = torch.linalg.qr(left)[0], torch.linalg.qr(right)[0]
+    values = torch.linspace(0.0, 1.0, 300, dtype=torch.float64)
+    if kind == "flat":
+        values[:] = 1.0
+    elif kind.startswith("gap"):  # the two largest, relative to the others
+        values[-2:] = torch.tensor([1.0, 1.0 + float(kind[3:])])
+    elif kind == "tie":
+        values[-40:] = 1.0
+    elif kind == "edge":  # ever closer towards the largest
+        values = 1.0 - values.flip(0) ** 6
+    return left * values @ right.mT
+
+
+LARGE = (*STYLES, "flat", "tie", "edge", "uniform", "gap1e-3", "gap1e-6", "gap1e-9", "gap1e-12")
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_large_matrices(kind: str) -> None:
+    stored = large_matrix(kind)
+    assert min(stored.shape) >= matrix_module._LARGE
+    exact = spectral_norm(stored)
+    assert exact <= spectral_norm_bound(stored) <= exact * (1 + 1e-8)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
+def test_scales_of_large_matrices(scale: float) -> None:
+    stored = large_matrix("normal")
+    exact = spectral_norm(stored) * scale  # off by one unit in the last place at most
+    assert exact <= spectral_norm_bound(stored * scale) <= exact * (1 + 1e-8)
+
+
+def test_large_matrices_in_a_batch_do_not_disturb_each_other() -> None:
+    members = torch.stack([large_matrix(kind)[:270, :270] for kind in LARGE])
+    members[0] = 0.0
+    members[1] *= 1e-300
+    bounds = spectral_norm_bound(members.reshape(3, -1, 270, 270)).flatten()
+    exact = torch.stack([spectral_norm(member) for member in members])
+    assert bounds[0] == 0.0
+    assert (exact <= bounds).all()
+    assert (bounds <= exact * (1 + 1e-8)).all()
+
+
+def test_large_gradient_is_that_of_the_svd() -> None:
+    matrix = large_matrix("normal").requires_grad_()
+    bound = spectral_norm_bound(matrix)
+    (gradient,) = torch.autograd.grad(bound, matrix)
+    left, _, right = torch.linalg.svd(matrix.detach())
+    torch.testing.assert_close(gradient, torch.outer(left[:, 0], right[0]), rtol=0.0, atol=1e-8)
+    assert (gradient * matrix).sum().item() == pytest.approx(bound.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_too_few_steps_are_made_up_for(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_module, "_LANCZOS_STEPS", steps)
+    stored = torch.stack([large_matrix("normal"), large_matrix("rank one")])
+    exact = torch.stack([spectral_norm(member) for member in stored])
+    bounds = spectral_norm_bound(stored)
+    assert (exact <= bounds).all()
+    assert (bounds <= exact * (1 + 1e-8)).all()
+
+
+@pytest.mark.parametrize("guess", [0.0, -1.0, 0.999999, 3.0, math.inf, math.nan])
+def test_a_wrong_lanczos_process_costs_tightness_only(
+    guess: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = matrix_module.top_eigenpair
+
+    def wrong(gram: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+        vector, value = honest(gram, *arguments)  # type: ignore[arg-type]
+        return vector, guess * value
+
+    monkeypatch.setattr(matrix_module, "top_eigenpair", wrong)
+    stored = large_matrix("normal")
+    exact = spectral_norm(stored)
+    bound = spectral_norm_bound(stored)
+    assert exact <= bound <= exact * (2 if guess == 3.0 else 1 + 1e-8)
+
+
 @pytest.mark.parametrize("guess", [0.0, 0.5, 0.999999, 1.0, 3.0])
 def test_a_wrong_eigenvalue_costs_tightness_only(
     guess: float, monkeypatch: pytest.MonkeyPatch

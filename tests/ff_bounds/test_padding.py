@@ -103,15 +103,22 @@ def test_circular_padding_that_pytorch_refuses_is_refused() -> None:
         ("same", (1, 1), (7, 7), ((0, 0), (0, 0))),
         (2, (3, 3), (1, 1), ((2, 2), (2, 2))),
         ((0, 3), (3, 3), (1, 1), ((0, 0), (3, 3))),
+        ("valid", (3,), (1,), ((0, 0),)),
+        ("same", (4,), (3,), ((4, 5),)),
+        ((2,), (3,), (1,), ((2, 2),)),
+        ("valid", (3, 5, 7), (1, 1, 1), ((0, 0), (0, 0), (0, 0))),
+        ("same", (2, 4, 3), (1, 1, 2), ((0, 1), (1, 2), (2, 2))),
+        (1, (3, 3, 3), (1, 1, 1), ((1, 1), (1, 1), (1, 1))),
+        ((0, 3, 1), (3, 3, 3), (1, 1, 1), ((0, 0), (3, 3), (1, 1))),
     ],
 )
 def test_amounts(
-    padding: int | tuple[int, int] | str,
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    expected: tuple[tuple[int, int], tuple[int, int]],
+    padding: int | tuple[int, ...] | str,
+    kernel: tuple[int, ...],
+    dilation: tuple[int, ...],
+    expected: tuple[tuple[int, int], ...],
 ) -> None:
-    assert padding_amounts(padding, kernel, (1, 1), dilation) == expected
+    assert padding_amounts(padding, kernel, (1,) * len(kernel), dilation) == expected
 
 
 @pytest.mark.parametrize("padding", ["full", "SAME", "", -1, (0, -1), (1, 1, 1), 1.5])
@@ -120,9 +127,11 @@ def test_paddings_that_are_refused(padding: object) -> None:
         padding_amounts(padding, (3, 3), (1, 1), (1, 1))  # type: ignore[arg-type]
 
 
-def test_same_with_a_stride_is_refused_as_by_pytorch() -> None:
+@pytest.mark.parametrize("stride", [(2,), (1, 2), (1, 2, 1)])
+def test_same_with_a_stride_is_refused_as_by_pytorch(stride: tuple[int, ...]) -> None:
+    axes = len(stride)
     with pytest.raises(ValueError, match="padding='same'"):
-        padding_amounts("same", (3, 3), (1, 2), (1, 1))
+        padding_amounts("same", (3,) * axes, stride, (1,) * axes)
 
 
 def test_zero_padding_costs_nothing() -> None:
@@ -138,16 +147,34 @@ def test_zero_padding_costs_nothing() -> None:
         assert effect == ((2, 3), 1)
 
 
+@pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("mode", "repeats"), [("zeros", 1), ("circular", 9), ("reflect", 9), ("replicate", 9)]
+    ("mode", "repeats"), [("zeros", 1), ("circular", 3), ("reflect", 3), ("replicate", 3)]
 )
-def test_the_axes_multiply(mode: str, repeats: int) -> None:
-    # A 1x1 kernel, padding 1, sizes at which each axis shows some entry three times.
+def test_the_axes_multiply(mode: str, repeats: int, axes: int) -> None:
+    # Kernels of one tap, padding 1, sizes at which each axis shows some entry three times.
     size = {"zeros": 1, "circular": 1, "reflect": 3, "replicate": 1}[mode]
     _, found = padding_effect(
-        (1, 1), stride=1, padding=1, dilation=1, padding_mode=mode, input_size=(size, size)
+        (1,) * axes, stride=1, padding=1, dilation=1, padding_mode=mode, input_size=(size,) * axes
     )
-    assert found == repeats
+    assert found == repeats**axes
+
+
+def test_each_axis_keeps_its_own_stride_and_its_own_repeats() -> None:
+    # Circular: the first axis keeps its stride, the second does not divide, the third is unpadded.
+    effect = padding_effect(
+        (3, 3, 1),
+        stride=(2, 2, 3),
+        padding=(1, 1, 0),
+        dilation=1,
+        padding_mode="circular",
+        input_size=(4, 5, 6),
+    )
+    assert effect == ((2, 1, 3), 1)
+    effect = padding_effect(
+        (1, 3, 1), stride=1, padding=(2, 1, 0), dilation=1, padding_mode="replicate", input_size=4
+    )
+    assert effect == ((1, 1, 1), 3 * 2)
 
 
 @pytest.mark.parametrize("mode", PADDING_MODES)

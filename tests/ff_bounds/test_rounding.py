@@ -21,6 +21,7 @@ from ff_bounds.rounding import (
     round_up,
     scale_by_power_of_two,
     sum_bound,
+    undo_scaling,
 )
 
 U = Fraction(UNIT_ROUNDOFF)
@@ -115,3 +116,17 @@ def test_scaling_is_exact_unless_it_underflows(value: float, exponent: int) -> N
         assert Fraction(scaled) == exact
     else:
         assert abs(Fraction(scaled) - exact) <= Fraction(SMALLEST_NORMAL)
+
+
+@given(
+    value=st.floats(min_value=0.0, max_value=1e9),
+    exponent=st.integers(-1074, 1024),
+)
+def test_undoing_a_scaling_never_falls_below(value: float, exponent: int) -> None:
+    result = undo_scaling(scalar(value), torch.tensor(exponent)).item()
+    exact = Fraction(value) * Fraction(2) ** exponent
+    if math.isinf(result):
+        assert exact > Fraction(torch.finfo(torch.float64).max)
+    else:
+        assert exact <= Fraction(result) <= exact + 2 * Fraction(SMALLEST_NORMAL)
+        assert result == exact or exact < 2 * Fraction(SMALLEST_NORMAL)

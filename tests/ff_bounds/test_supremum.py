@@ -18,7 +18,7 @@ from ff_bounds import (
     supremum_bracket,
 )
 from ff_bounds.cells import first_cells
-from ff_bounds.symbol import GramPolynomial, normalized_kernels
+from ff_bounds.symbol import GramPolynomial, Symbol, normalized_kernels
 
 KINDS = ("normal", "rank one", "separable", "delta", "alternating", "one entry", "rotation")
 
@@ -235,7 +235,7 @@ def test_cells_and_their_parts_cover_the_torus(taps: tuple[int, ...]) -> None:
 def test_gram_polynomial_is_within_its_error(shape: tuple[int, ...]) -> None:
     owner = torch.zeros(shape[0], dtype=torch.int64)
     kernels, _ = normalized_kernels(make_kernel("normal", shape, 0), owner)
-    gram = GramPolynomial(kernels)
+    gram = GramPolynomial(Symbol(kernels))
     problem = torch.arange(shape[0]).repeat_interleave(20)
     generator = torch.Generator().manual_seed(1)
     frequency = torch.rand(len(problem), len(gram.taps), generator=generator, dtype=torch.float64)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ff_bounds import spectral_norm, unfoldings, unit_stride_kernel
-from ff_bounds.unfoldings import pair
+from ff_bounds.unfoldings import per_axis, spatial_axes, unfolding
+
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def numbered(*shape: int) -> Tensor:
@@ -20,13 +24,17 @@ def numbered(*shape: int) -> Tensor:
     return torch.arange(1.0, 1.0 + math.prod(shape), dtype=torch.float64).reshape(shape)
 
 
-def symbol(kernel: Tensor, vertical: float, horizontal: float) -> Tensor:
-    """``K(w) = sum_ab K[..., a, b] exp(-i (w1 a + w2 b))``, straight from the definition."""
-    total = torch.zeros(kernel.shape[:-2], dtype=torch.complex128)
-    for a in range(kernel.shape[-2]):
-        for b in range(kernel.shape[-1]):
-            phase = torch.tensor(-1j * (vertical * a + horizontal * b), dtype=torch.complex128)
-            total = total + kernel[..., a, b] * torch.exp(phase)
+def unit_phase(angle: float) -> Tensor:
+    return torch.tensor(-1j * angle, dtype=torch.complex128).exp()
+
+
+def symbol(kernel: Tensor, *frequency: float) -> Tensor:
+    """``K(w) = sum_a kernel[..., a] exp(-i <w, a>)``, straight from the definition."""
+    axes = len(frequency)
+    total = torch.zeros(kernel.shape[:-axes], dtype=torch.complex128)
+    for place in itertools.product(*map(range, kernel.shape[-axes:])):
+        angle = sum(w * a for w, a in zip(frequency, place, strict=True))
+        total = total + kernel[(..., *place)] * unit_phase(angle)
     return total
 
 
@@ -45,10 +53,38 @@ def test_rows_and_columns_are_indexed_as_documented() -> None:
                     assert four.U[(o * height + a) * width + b, i] == entry
 
 
-def test_a_batch_is_unfolded_member_by_member() -> None:
-    kernels = numbered(2, 3, 4, 2, 3, 5)
-    for batched, single in zip(unfoldings(kernels), unfoldings(kernels[1, 2]), strict=True):
-        assert torch.equal(batched[1, 2], single)
+def test_with_one_axis_there_are_two() -> None:
+    kernel = numbered(2, 3, 4)
+    rows, columns = unfolding(kernel, (True,)), unfolding(kernel, (False,))
+    for o, i, a in itertools.product(range(2), range(3), range(4)):
+        assert rows[o * 4 + a, i] == kernel[o, i, a]
+        assert columns[o, i * 4 + a] == kernel[o, i, a]
+
+
+def test_with_three_axes_there_are_eight() -> None:
+    sizes = (2, 3, 4)
+    kernel = numbered(2, 3, *sizes)
+    for in_rows in itertools.product((False, True), repeat=3):
+        matrix = unfolding(kernel, in_rows)
+        for o, i, *place in itertools.product(range(2), range(3), *map(range, sizes)):
+            row, column = o, i
+            for kept, at, size in zip(in_rows, place, sizes, strict=True):
+                if kept:
+                    row = row * size + at
+                else:
+                    column = column * size + at
+            assert matrix[row, column] == kernel[(o, i, *place)]
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_batch_is_unfolded_member_by_member(axes: int) -> None:
+    kernels = numbered(2, 3, 4, 2, *(3, 5, 2)[:axes])
+    for in_rows in itertools.product((False, True), repeat=axes):
+        batched = unfolding(kernels, in_rows)
+        assert torch.equal(batched[1, 2], unfolding(kernels[1, 2], in_rows))
+    if axes == 2:
+        for batched, single in zip(unfoldings(kernels), unfoldings(kernels[1, 2]), strict=True):
+            assert torch.equal(batched[1, 2], single)
 
 
 def test_the_identity_behind_the_bounds() -> None:
@@ -69,28 +105,53 @@ def test_the_identity_behind_the_bounds() -> None:
     torch.testing.assert_close(unfolded, symbol(kernel, vertical, horizontal), rtol=1e-6, atol=1e-4)
 
 
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_the_identity_behind_every_unfolding(axes: int) -> None:
+    # K(w) = (I kron p)^T A (I kron q), with outer factors of norms ||p|| and ||q||.
+    sizes, frequency = (3, 2, 4)[:axes], (0.7, -1.9, 2.6)[:axes]
+    kernel = numbered(2, 3, *sizes)
+    for in_rows in itertools.product((False, True), repeat=axes):
+        outer = {}
+        for kept, channels in ((True, 2), (False, 3)):
+            phases = torch.ones(1, 1, dtype=torch.complex128)
+            for w, size, in_row in zip(frequency, sizes, in_rows, strict=True):
+                if in_row == kept:
+                    own = torch.stack([unit_phase(w * a) for a in range(size)])[:, None]
+                    phases = torch.kron(phases, own)
+            outer[kept] = torch.kron(torch.eye(channels, dtype=torch.complex128), phases)
+        found = outer[True].mT @ unfolding(kernel, in_rows).to(torch.complex128) @ outer[False]
+        torch.testing.assert_close(found, symbol(kernel, *frequency))
+        product = spectral_norm_of_complex(outer[True]) * spectral_norm_of_complex(outer[False])
+        assert product == pytest.approx(math.sqrt(math.prod(sizes)))
+
+
 def spectral_norm_of_complex(matrix: Tensor) -> float:
     return float(torch.linalg.matrix_norm(matrix, ord=2).item())
 
 
-PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
+def tuples(axes: int, largest: int) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.tuples(*[st.integers(1, largest)] * axes)
+
+
+@st.composite
+def strided(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Taps, stride and dilation for one, two or three axes."""
+    axes = draw(st.integers(1, 3))
+    return draw(tuples(axes, 4)), draw(tuples(axes, 3)), draw(tuples(axes, 3))
 
 
 @given(
     groups=st.integers(1, 3),
     channels=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    taps=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    stride=PAIRS,
-    dilation=PAIRS,
+    layer=strided(),
 )
 def test_shape_and_content(
     groups: int,
     channels: tuple[int, int],
-    taps: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
+    layer: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
 ) -> None:
     c_out, c_in = channels
+    taps, stride, dilation = layer
     weight = numbered(groups * c_out, c_in, *taps)
     kernel = unit_stride_kernel(weight, stride=stride, dilation=dilation, groups=groups)
     assert kernel.shape[:2] == (groups, c_out)
@@ -98,90 +159,102 @@ def test_shape_and_content(
     for group in range(groups):
         own = weight[group * c_out : (group + 1) * c_out].flatten()
         assert torch.equal(kernel[group][kernel[group] != 0].sort().values, own.sort().values)
-    if dilation == (1, 1):
-        expected = (
-            stride[0] * stride[1] * c_in,
-            math.ceil(taps[0] / stride[0]),
-            math.ceil(taps[1] / stride[1]),
-        )
-        assert kernel.shape[2:] == expected
+    if set(dilation) == {1}:
+        places = [math.ceil(t / s) for t, s in zip(taps, stride, strict=True)]
+        assert kernel.shape[2:] == (math.prod(stride) * c_in, *places)
 
 
 @given(
-    taps=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    stride=PAIRS,
-    dilation=PAIRS,
-    frequency=st.tuples(st.floats(-math.pi, math.pi), st.floats(-math.pi, math.pi)),
+    layer=strided(),
+    frequency=st.tuples(*[st.floats(-math.pi, math.pi)] * 3),
 )
 def test_strided_symbol_is_the_aliases_side_by_side(
-    taps: tuple[int, int],
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    frequency: tuple[float, float],
+    layer: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    frequency: tuple[float, float, float],
 ) -> None:
     # Decimation folds the s1*s2 aliases of a frequency onto it: the strided operator's symbol at w
     # is the row of K at (w + 2 pi j) / s, divided by sqrt(s1*s2). An independent road to its norm.
+    taps, stride, dilation = layer
     weight = numbered(2, 2, *taps)
+    at = frequency[: len(taps)]
     aliases = [
         symbol(
             weight,
-            dilation[0] * (frequency[0] + 2 * math.pi * j) / stride[0],
-            dilation[1] * (frequency[1] + 2 * math.pi * k) / stride[1],
+            *(
+                d * (w + 2 * math.pi * j) / s
+                for d, w, j, s in zip(dilation, at, shifts, stride, strict=True)
+            ),
         )
-        for j in range(stride[0])
-        for k in range(stride[1])
+        for shifts in itertools.product(*map(range, stride))
     ]
     expected = spectral_norm_of_complex(torch.cat(aliases, dim=1)) / math.sqrt(math.prod(stride))
     # Dilation only stretches the frequency axis, by what it does not share with the stride.
     stretch = [d // math.gcd(d, s) for d, s in zip(dilation, stride, strict=True)]
     kernel = unit_stride_kernel(weight, stride=stride, dilation=dilation)[0]
-    found = symbol(kernel, stretch[0] * frequency[0], stretch[1] * frequency[1])
+    found = symbol(kernel, *(d * w for d, w in zip(stretch, at, strict=True)))
     assert spectral_norm_of_complex(found) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (2, 3), (3, 2)])
-def test_a_strided_convolution_is_an_unstrided_one_of_the_phases(stride: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "stride", [(1, 1), (2, 1), (2, 3), (3, 2), (1,), (2,), (3,), (2, 1, 1), (1, 3, 2), (2, 2, 3)]
+)
+def test_a_strided_convolution_is_an_unstrided_one_of_the_phases(stride: tuple[int, ...]) -> None:
+    axes = len(stride)
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
-    image = torch.randn(1, 3, 24, 24, generator=generator, dtype=torch.float64)
+    weight = torch.randn(2, 3, *(4, 5, 3)[:axes], generator=generator, dtype=torch.float64)
+    image = torch.randn(1, 3, *[24] * axes, generator=generator, dtype=torch.float64)
     phases = torch.stack(
         [
-            image[:, :, p :: stride[0], q :: stride[1]]
-            for p in range(stride[0])
-            for q in range(stride[1])
+            image[(..., *(slice(p, None, s) for p, s in zip(starts, stride, strict=True)))]
+            for starts in itertools.product(*map(range, stride))
         ],
         dim=2,
     )
     kernel = unit_stride_kernel(weight, stride=stride)[0]
-    found = F.conv2d(phases.flatten(1, 2), kernel)  # channels in the documented order (i, p, q)
-    expected = F.conv2d(image, weight, stride=stride)
+    # Channels in the documented order (i, p, q).
+    found = CONVOLUTIONS[axes](phases.flatten(1, 2), kernel)
+    expected = CONVOLUTIONS[axes](image, weight, stride=stride)
     # The taps that were filled up with zeros may cost the unstrided one a last row or column.
-    rows, columns = found.shape[-2:]
-    assert min(rows, columns) >= 6
-    torch.testing.assert_close(found, expected[..., :rows, :columns])
+    assert min(found.shape[2:]) >= 6
+    torch.testing.assert_close(found, expected[(..., *map(slice, found.shape[2:]))])
 
 
-def test_dilation_needs_no_zeros_at_unit_stride() -> None:
-    weight = numbered(2, 3, 3, 3)
-    assert torch.equal(unit_stride_kernel(weight, dilation=(2, 5))[0], weight)
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_dilation_needs_no_zeros_at_unit_stride(axes: int) -> None:
+    weight = numbered(2, 3, *[3] * axes)
+    assert torch.equal(unit_stride_kernel(weight, dilation=(2, 5, 3)[:axes])[0], weight)
 
 
-def test_groups_are_separated() -> None:
-    weight = numbered(6, 2, 3, 3)
-    assert torch.equal(unit_stride_kernel(weight, groups=3), weight.reshape(3, 2, 2, 3, 3))
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_groups_are_separated(axes: int) -> None:
+    taps = [3] * axes
+    weight = numbered(6, 2, *taps)
+    assert torch.equal(unit_stride_kernel(weight, groups=3), weight.reshape(3, 2, 2, *taps))
 
 
-def test_gradient_flows_back_to_the_weight() -> None:
-    weight = numbered(4, 2, 3, 3).requires_grad_()
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_gradient_flows_back_to_the_weight(axes: int) -> None:
+    weight = numbered(4, 2, *[3] * axes).requires_grad_()
     unit_stride_kernel(weight, stride=2, dilation=3, groups=2).sum().backward()
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.ones_like(weight))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 3), (2, 2), (0, 2, 3, 3), (2, 0, 3, 3), (2, 2, 0, 3)])
+@pytest.mark.parametrize(
+    "shape", [(2, 2), (2, 2, 3, 3, 3, 3), (0, 2, 3, 3), (2, 0, 3, 3), (2, 2, 0, 3), (2, 2, 0)]
+)
 def test_weights_that_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected a non-empty weight"):
         unit_stride_kernel(torch.ones(shape))
+
+
+def test_the_number_of_axes_is_that_of_the_weight_if_it_is_allowed() -> None:
+    for axes in (1, 2, 3):
+        weight = torch.ones(1, 1, *[1] * axes)
+        assert spatial_axes(weight) == spatial_axes(weight, allowed=(axes,)) == axes
+        for other in {1, 2, 3} - {axes}:
+            with pytest.raises(ValueError, match=f"two axes of channels and {other} of taps"):
+                spatial_axes(weight, allowed=(other,))
 
 
 @pytest.mark.parametrize("groups", [0, -1, 3, 5])
@@ -193,16 +266,23 @@ def test_groups_that_are_refused(groups: int) -> None:
 @pytest.mark.parametrize("value", [0, -1, (1, 0), (1, 2, 3), (1,), (1.5, 2), 2.0])
 def test_strides_and_dilations_that_are_refused(value: object) -> None:
     for name in ("stride", "dilation"):
-        with pytest.raises((ValueError, TypeError)):
+        with pytest.raises(ValueError, match=f"expected {name} as one or two integers"):
             unit_stride_kernel(torch.ones(4, 2, 3, 3), **{name: value})  # type: ignore[arg-type]
 
 
-def test_pairs() -> None:
-    assert pair(3, "stride", 1) == (3, 3)
-    assert pair((1, 2), "stride", 1) == (1, 2)
-    assert pair(0, "padding", 0) == (0, 0)
+def test_one_number_per_axis() -> None:
+    assert per_axis(3, "stride", 1, axes=2) == (3, 3)
+    assert per_axis((1, 2), "stride", 1, axes=2) == (1, 2)
+    assert per_axis(0, "padding", 0, axes=2) == (0, 0)
     with pytest.raises(ValueError, match="expected stride as one or two integers >= 1, got 0"):
-        pair(0, "stride", 1)
+        per_axis(0, "stride", 1, axes=2)
+    for axes, count in ((1, "one integer"), (2, "one or two integers"), (3, "one or three")):
+        assert per_axis(5, "stride", 1, axes) == (5,) * axes
+        assert per_axis((5,) * axes, "stride", 1, axes) == (5,) * axes
+        refused: tuple[Any, ...] = ((5,) * (axes + 1), (), 0, (0,) * axes, 1.5, "same", None)
+        for value in refused:
+            with pytest.raises(ValueError, match=f"expected stride as {count}"):
+                per_axis(value, "stride", 1, axes)
 
 
 def test_norm_of_an_unfolding_is_that_of_its_matrix() -> None:

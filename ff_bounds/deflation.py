@@ -1,0 +1,339 @@
+r"""Proofs of ``||K(w)|| <= sqrt(X)`` that cost a small matrix per frequency.
+
+The large singular values of a trained kernel are few. Let ``Q`` ``(m, k)`` span about the space
+where they live, for all frequencies at once, and let ``N`` be an orthonormal basis of the
+complement of its range.
+
+**Claim.** Let ``||N^H K(w)||**2 <= rho**2 < X``, ``v(w)`` any ``(k, m)`` matrix, ``C(w)`` any
+``(k, k)`` matrix, ``G = K K^H`` and ``r = X v - v G``. If
+``M = r v^H - (r - C Q^T)(r - C Q^T)^H / (X - rho**2)`` is positive definite, then ``||K(w)||**2 < X``.
+
+Proof: the matrix ``[v; N^H] (X - G) [v^H, N]`` has the blocks ``r v^H``, ``r N`` and
+``N^H (X - G) N >= X - rho**2``. It is positive definite if its Schur complement
+``r v^H - r N (N^H (X - G) N)^-1 (r N)^H`` is, hence if ``r v^H - r N N^H r^H / (X - rho**2)`` is; and
+``r N = (r - C Q^T) N`` with ``||N|| = 1``. A positive definite ``B A B^H`` with square ``B`` makes
+``B`` invertible and ``A`` positive definite.
+
+Here ``v = Q^T + w`` with ``w`` one step towards the vectors that make ``r N`` vanish, and both are
+kernels with taps: ``v``, ``v G`` and all that is made of them are trigonometric polynomials,
+computed once and evaluated at any frequency. Nothing is assumed about how well ``Q`` and ``w`` were
+chosen; a bad choice proves less.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ff_bounds.lanczos import top_eigenpair
+from ff_bounds.peak import Peak, leading_rows
+from ff_bounds.positive import factorisation_slack, proves_positive
+from ff_bounds.rounding import UNIT_ROUNDOFF, gamma
+from ff_bounds.symbol import CHUNK_BYTES, Symbol, combine
+
+_WORTHWHILE = 96  # rows from which a test of the whole matrix costs more
+_DIRECTIONS = (8, 12, 16, 24, 32)  # how many are split off
+_CHEAP_DIRECTIONS = 24  # what a sharper bound of the remainder would cost about as much as
+_REMAINDER = 0.8  # of the squared norm: how much may remain, by the bound from the unfolding
+_REMAINDER_SHARPER = 1.4  # and where the sharper bound will be about half of that
+_RELAXATION = 1.1  # of the step towards the invariant space: X / (X - a typical value of N^H G N)
+
+
+def deflate(
+    symbol: Symbol, peak: Peak, coarse_bound: Callable[[Tensor], Tensor]
+) -> Deflation | None:
+    """Split off the directions of large singular values, where few of them suffice.
+
+    They are the vectors of the peak and leading eigenvectors of the mean ``T T^T`` of ``G`` over
+    all frequencies, ``T`` being the unfolding ``(m, n prod(taps))``. As many are taken as make what
+    remains small beside the lower bound of ``||G||``: as bounded by ``T``, or, where that takes
+    many, by the sharper and costlier of the two bounds below.
+
+    Args:
+        symbol: the kernels.
+        peak: their lower bounds.
+        coarse_bound: proven bounds ``(problems,)`` of ``sigma*`` of kernels
+            ``(problems, m, n, taps)`` with one axis.
+    """
+    if symbol.rows < _WORTHWHILE or not symbol.taps:
+        return None
+    values, vectors = leading_rows(symbol, _DIRECTIONS[-1] + 1)
+    square = peak.square[peak.owner]
+    values = values * math.prod(symbol.taps) / square[:, None]
+    for sharper, most in ((False, _CHEAP_DIRECTIONS), (True, _DIRECTIONS[-1])):
+        large = (values > (_REMAINDER_SHARPER if sharper else _REMAINDER)).sum(dim=1)
+        suitable = large[large <= most]
+        if len(suitable):
+            break
+    else:
+        return None
+    size = next(d for d in _DIRECTIONS if d >= int(suitable.max()))
+    left = peak.left[peak.owner]
+    columns = [left.real[..., None], left.imag[..., None], vectors[..., :size]]
+    basis = torch.linalg.qr(torch.cat(columns, dim=-1)).Q.contiguous()
+    if sharper:
+        remainder = _sharper_remainder(symbol, basis, coarse_bound)
+    else:
+        remainder = _remainder(symbol, basis)
+    return Deflation(symbol, basis, square, remainder)
+
+
+def _sharper_remainder(
+    symbol: Symbol, basis: Tensor, coarse_bound: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Proven bounds ``(problems,)`` of ``||N^H K(w)||**2`` at every ``w``.
+
+    As ``N^H Q = 0``, ``N^H K = N^H (K - Q A)`` for any kernel ``A``. With the phases of the first axis
+    as they are, and those of the others bounded by ``sqrt(taps)`` each, that is the norm of a kernel
+    with one axis, whose columns are those of ``K - Q A`` at all taps of the others.
+    """
+    kernels, size = symbol.kernels, basis.shape[-1]
+    flat = kernels.flatten(2)
+    rest = (flat - basis @ (basis.mT @ flat)).reshape(kernels.shape)
+    lost = gamma(symbol.rows + size + 4) * (1.0 + _total(basis) ** 2) * symbol.sizes
+    line = rest.movedim(3, -1).flatten(2, -2)  # (problems, m, n * other taps, taps)
+    others = math.prod(symbol.taps[1:])
+    norm = coarse_bound(line) * (math.sqrt(others) * (1.0 + 1e-12)) + 2.0 * lost
+    return norm.square() * (1.0 + 1e-14)
+
+
+def _remainder(symbol: Symbol, basis: Tensor) -> Tensor:
+    """Proven bounds ``(problems,)`` of ``||N^H K(w)||**2`` at every ``w``; infinite if none is found.
+
+    ``K(w) = T (p kron I)`` with unit phases ``p``, so ``||N^H K||**2 <= prod(taps) ||N^H T||**2``, and
+    ``N^H T T^T N = N^H (T T^T - Q A - B Q^T) N`` for any ``A`` and ``B``, as ``N^H Q = 0``. Cholesky
+    proves a bound of that matrix. Rounding: of ``T T^T`` (``n prod(taps)`` terms) and of what is
+    subtracted.
+    """
+    count = math.prod(symbol.taps)
+    mean, rows, size = symbol.mean, symbol.rows, basis.shape[-1]
+    first = basis.mT @ mean
+    rest = mean - basis @ first
+    second = rest @ basis
+    rest = rest - second @ basis.mT
+    rest = 0.5 * (rest + rest.mT)
+    norm = torch.linalg.matrix_norm
+    terms = norm(mean) + norm(basis) * (norm(first) + norm(second))
+    error = gamma(symbol.columns * count + 4) * symbol.sizes.square()
+    error = 2.0 * error + gamma(4 * size + 16) * terms
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(rows, generator=generator, dtype=torch.float64).to(rest)
+    _, estimate = top_eigenpair(rest, start.expand(len(rest), -1), 24)
+    bound = torch.full_like(estimate, math.inf)
+    for factor in (1.02, 1.2):
+        limit = estimate * factor + 1e-290
+        slack = factorisation_slack(rows, rows * limit + norm(rest) * rows**0.5)
+        shifted = limit[:, None, None] * torch.eye(rows).to(rest) - rest
+        proven = proves_positive(shifted, slack)
+        bound = torch.where(proven & torch.isinf(bound), limit + slack + error, bound)
+        if bool(proven.all()):
+            break
+    return bound * (count * (1.0 + 1e-12))
+
+
+class Deflation:
+    """Tests of one layer's kernels at many frequencies, by the claim of this module.
+
+    Args:
+        symbol: kernels ``(problems, m, n, *taps)``, entries of size about one.
+        basis: ``Q`` ``(problems, m, k)`` float64, nearly orthonormal.
+        square: ``(problems,)`` about the largest ``||K(w)||**2``: what ``w`` is chosen for.
+        remainder: ``(problems,)`` proven bound ``rho**2`` of ``||N^H K(w)||**2``; may be infinite.
+
+    Attributes:
+        works: ``(problems,)`` bool, where ``rho`` is small enough for anything to be proven.
+
+    With the computed ``w``, ``d = v G - c Q^T``, ``c = v G Q``, ``C = X - c`` and ``y = X w - d``,
+
+        ``M = X - c + y w^H - y y^H / (X - rho**2)``
+
+    is a combination of the Hermitian polynomials ``w w^H``, ``w d^H + d w^H``, ``d d^H`` and ``c``,
+    whose coefficients are ``(k, k)``.
+
+    Rounding: ``|.|``, the sum of the Frobenius norms of a kernel's taps, bounds its norm at every
+    frequency, and the composition of two kernels with ``t`` products a tap is off by
+    ``gamma_t |a||b|``. So the errors of ``v K``, ``v G`` and ``d`` are followed from one to the next.
+    What separates ``M`` from its computed value is the error of ``d``, that of the polynomials (as
+    in `GramPolynomial`), and what vanishes but for rounding: ``Q^T Q - I``, ``w Q`` and ``d Q``.
+    """
+
+    def __init__(self, symbol: Symbol, basis: Tensor, square: Tensor, remainder: Tensor) -> None:
+        kernels, taps = symbol.kernels, symbol.taps
+        problems, rows, columns = kernels.shape[:3]
+        dimension, count, size = len(taps), math.prod(taps), basis.shape[2]
+        frame = basis.mT.contiguous()  # (problems, k, m)
+        self.works = remainder < square
+        self._remainder = remainder
+        self._basis = basis
+
+        # Images have the layout (problems, *taps, k, m). The tap of v at exponent zero is Q^T.
+        forward = kernels.movedim((1, 2), (-2, -1))  # (problems, *taps, m, n)
+        backward = forward.mT.flip(tuple(range(1, 1 + dimension)))
+        part = (frame @ kernels.flatten(2)).reshape(problems, size, columns, *taps)
+        image = part.movedim((1, 2), (-2, -1))
+        step, _ = _without(_compose(image, backward), basis)
+        step = step * (_RELAXATION / square.reshape(-1, *[1] * (dimension + 2)))
+        start = step.clone()
+        start[(slice(None), *(t - 1 for t in taps))] += frame
+        image = _compose(start, forward)
+        gram = _compose(image, backward)  # v G
+        rest, inside = _without(gram, basis)
+
+        sizes, frame_size = symbol.sizes, _total(frame)
+        image_error = gamma(rows * count * 3**dimension + 4) * _total(start) * sizes
+        gram_error = gamma(columns * count * 5**dimension + 4) * _total(image) * sizes
+        gram_error = gram_error + image_error * sizes
+        projection = _total(gram) + _total(inside) * frame_size
+        rest_error = gram_error + gamma(rows + size + 4) * (1.0 + frame_size**2) * projection
+
+        self.rows = size
+        self._step = Symbol(_as_kernel(step), [1 - t for t in taps])
+        far = [2 - 2 * t for t in taps]
+        self._shifts, self._even, self._odd = _polynomials(
+            self._step, Symbol(_as_kernel(rest), far), Symbol(_as_kernel(inside), far)
+        )
+
+        identity = torch.eye(size, dtype=torch.float64, device=basis.device)
+        skew = torch.linalg.matrix_norm(frame @ basis - identity) * (1.0 + 1e-10)
+        leak = gamma(rows + 4) * frame_size
+        wide = basis[(slice(None), *[None] * dimension)]
+        step_size, rest_size = _total(step), _total(rest)
+        self._skew = skew + leak * frame_size + _total(step @ wide) + leak * step_size
+        self._step_leak = _total(step @ wide) + leak * step_size
+        self._rest_leak = _total(rest @ wide) + leak * rest_size + 2.0 * rest_error
+        self._step_size, self._rest_size, self._inside_size = step_size, rest_size, _total(inside)
+        self._rest_error = rest_error
+        reach = 2 * math.pi * float(self._shifts.abs().amax(dim=0).sum())
+        relative = gamma(rows + count * 4**dimension + len(self._shifts) + 16)
+        relative = relative + 2 * (dimension + 2) * UNIT_ROUNDOFF * reach
+        self._relative = 2 * len(self._shifts) * relative
+
+    @property
+    def chunk(self) -> int:
+        """How many frequencies to ask for at once."""
+        return max(1, CHUNK_BYTES // (16 * 6 * self.rows**2))
+
+    def evaluate(self, problem: Tensor, frequency: Tensor) -> Tensor:
+        """The polynomials ``w w^H``, ``w d^H + d w^H``, ``d d^H``, ``c``: ``(cells, 4, k, k)``."""
+        angle = frequency @ self._shifts.mT
+        real = combine(self._even, problem, angle.cos())
+        imaginary = combine(self._odd, problem, -angle.sin())
+        return torch.complex(real, imaginary).unflatten(1, (4, self.rows, self.rows))
+
+    def certificate(self, problem: Tensor, values: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrix ``M`` for the limit ``X``, and the proof.
+
+        Args:
+            problem: ``(cells,)`` int64.
+            values: ``(cells, 4, k, k)`` as returned by `evaluate`.
+            limit: ``(cells,)`` float64, ``X``.
+
+        Returns:
+            ``(cells, k, k)`` and ``(cells,)`` bool: whether ``||K(w)||**2 <= X`` is proven.
+        """
+        gap = limit - self._remainder[problem] * (1.0 + 1e-14)
+        usable = gap > 1e-3 * limit
+        gap = torch.where(usable, gap, limit)
+        factors = torch.stack(
+            [limit - limit.square() / gap, limit / gap - 0.5, -1.0 / gap, -torch.ones_like(gap)],
+            dim=1,
+        )
+        matrix = (factors[:, None].to(values.dtype) @ values.flatten(2))[:, 0]
+        matrix = matrix.unflatten(1, (self.rows, self.rows))
+        matrix.diagonal(dim1=-2, dim2=-1).add_(limit[:, None])
+        trace = matrix.diagonal(dim1=-2, dim2=-1).real.clamp_min(0.0).sum(dim=-1)
+        slack = self._slack(problem, limit, gap) + factorisation_slack(self.rows, trace)
+        return matrix, usable & proves_positive(matrix.clone(), slack)
+
+    def _slack(self, problem: Tensor, limit: Tensor, gap: Tensor) -> Tensor:
+        """Bound ``(cells,)`` of all that separates ``M`` from its computed value."""
+        step, rest, inside = (
+            size[problem] for size in (self._step_size, self._rest_size, self._inside_size)
+        )
+        error = self._rest_error[problem]
+        outer = limit * step + rest  # bounds |y|
+        computed = limit * step.square() + step * rest + outer.square() / gap + inside + limit
+        inherited = error * (step + 2.0 * outer / gap + error / gap)
+        vanishing = (limit + inside) * self._skew[problem]
+        vanishing = vanishing + limit * self._step_leak[problem] + self._rest_leak[problem]
+        return 4.0 * (8.0 * self._relative * computed + inherited + vanishing) + 1e-280
+
+    def lift(self, problem: Tensor, frequency: Tensor, vectors: Tensor) -> Tensor:
+        """Vectors ``v^H x`` ``(cells, m)`` for ``x`` ``(cells, k)``: where ``M`` is not positive."""
+        row = vectors.conj()[:, None]
+        frame = self._basis.mT.to(row.dtype)[problem] + self._step(problem, frequency)
+        return (row @ frame)[:, 0].conj()
+
+
+def _total(image: Tensor) -> Tensor:
+    """Bound ``(problems,)`` of the sum over the taps of the Frobenius norms of ``(k, m)`` blocks."""
+    return torch.linalg.matrix_norm(image).reshape(len(image), -1).sum(dim=1) * (1.0 + 1e-10)
+
+
+def _as_kernel(image: Tensor) -> Tensor:
+    return image.movedim((-2, -1), (1, 2)).contiguous()
+
+
+def _without(image: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """``(image - c Q^T, c)`` with ``c = image Q`` at each tap."""
+    basis = basis[(slice(None), *[None] * (image.ndim - 3))]
+    inside = image @ basis
+    return image - inside @ basis.mT, inside
+
+
+def _compose(image: Tensor, kernel: Tensor) -> Tensor:
+    """Kernel of the product of two symbols.
+
+    Args:
+        image: ``(problems, *taps, k, m)``.
+        kernel: ``(problems, *taps, m, n)``.
+
+    Returns:
+        ``(problems, *taps, k, n)``, with ``a + b - 1`` taps per axis.
+    """
+    dimension = image.ndim - 3
+    first, second = image.shape[1 : 1 + dimension], kernel.shape[1 : 1 + dimension]
+    sizes = [a + b - 1 for a, b in zip(first, second, strict=True)]
+    result = image.new_zeros(len(image), *sizes, image.shape[-2], kernel.shape[-1])
+    rows = image.flatten(1, -2)
+    for place in itertools.product(*map(range, second)):
+        product = rows @ kernel[(slice(None), *place)]
+        window = tuple(slice(p, p + a) for p, a in zip(place, first, strict=True))
+        result[(slice(None), *window)] += product.reshape(len(image), *first, *result.shape[-2:])
+    return result
+
+
+def _polynomials(step: Symbol, rest: Symbol, inside: Symbol) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients of ``w w^H``, ``w d^H + d w^H``, ``d d^H`` and the Hermitian part of ``c``.
+
+    Trigonometric polynomials of degree ``g`` per axis with real coefficients are sampled at
+    ``2 g + 1`` points per axis, of which half are enough, and transformed back by a matrix product.
+
+    Returns:
+        Shifts ``(H, d)`` float64, one of each pair ``s, -s``; ``(problems, H, 4 k k)`` coefficients
+        of the cosines, and of minus ``i`` times the sines, of ``<s, w>``.
+    """
+    degrees = [(t - 1) for t in rest.taps]
+    indices = itertools.product(*(range(-g, g + 1) for g in degrees))
+    half = sorted(i for i in indices if i >= (0,) * len(degrees))
+    shifts = torch.tensor(half, dtype=torch.float64, device=rest.kernels.device)
+    points = shifts * torch.tensor([2 * math.pi / (2 * g + 1) for g in degrees]).to(shifts)
+    twice = torch.full((len(half),), 2.0, dtype=torch.float64, device=shifts.device)
+    twice[0] = 1.0
+    angle = points @ shifts.mT  # (points, H)
+    scale = twice[:, None] * twice / math.prod(2 * g + 1 for g in degrees)
+    cosines, sines = angle.cos() * scale, -angle.sin() * scale
+    even, odd = [], []
+    for problem in range(len(rest.kernels)):
+        chosen = torch.full((len(half),), problem, device=shifts.device)
+        w, d, c = (symbol(chosen, points) for symbol in (step, rest, inside))
+        mixed = w @ d.mH
+        samples = torch.stack([w @ w.mH, mixed + mixed.mH, d @ d.mH, 0.5 * (c + c.mH)], dim=1)
+        samples = samples.flatten(1)
+        even.append(cosines.mT @ samples.real)
+        odd.append(sines.mT @ samples.imag)
+    return shifts, torch.stack(even), torch.stack(odd)

@@ -1,0 +1,182 @@
+"""Proofs of ``||K(w)||**2 <= limit`` at many frequencies, the cheap ones first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ff_bounds.deflation import Deflation
+from ff_bounds.peak import Peak
+from ff_bounds.symbol import GramPolynomial, Symbol
+
+_ASCENTS = 3  # alternating maximisations from a promising centre
+_CLIMBS = 3  # promising centres of each round to climb from
+_IDLE_CLIMBS = 2  # in vain, before a climb needs a better reason than a failed proof
+_SCREENING_STEPS = 3  # of power iteration at a centre
+_GAIN = 1e-6  # a rise of the squared lower bound that is worth another try
+_MARGIN = 1e-9  # below the target: whether a smaller cell could be closed at this centre
+
+
+class NormTests:
+    """Close cells by proofs at their centres; what fails gives vectors to climb from.
+
+    Args:
+        symbol: the kernels.
+        peak: their lower bounds, which rise as better frequencies are met.
+        deflation: a test that costs less, if there is one.
+
+    Attributes:
+        matrices: ``(layers,)`` int64, how many frequencies were tried.
+    """
+
+    def __init__(self, symbol: Symbol, peak: Peak, deflation: Deflation | None) -> None:
+        self.deflation = deflation
+        self.matrices = torch.zeros_like(peak.problem)
+        self._symbol = symbol
+        self._peak = peak
+        self._gram: GramPolynomial | None = None
+        self._known = peak.square
+        self._idle = 0
+        self._candidates: list[tuple[Tensor, Tensor, Tensor]] = []
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(symbol.rows, 2, generator=generator, dtype=torch.float64)
+        noise = 0.1 * noise / noise.norm()
+        self._noise = torch.view_as_complex(noise).to(symbol.kernels.device)
+
+    def close(
+        self,
+        problem: Tensor,
+        frequency: Tensor,
+        target: Callable[[], Tensor],
+        shrink: Tensor,
+    ) -> Tensor:
+        """Try to prove ``||K(w)||**2 <= shrink * target`` at each centre.
+
+        Centres that beat a limit raise the lower bound of their layer, and with it the limits of
+        the cells that failed, which are then tried again.
+
+        Args:
+            problem: ``(cells,)`` int64, ascending.
+            frequency: ``(cells, d)``, the centres.
+            target: ``(layers,)`` squared norms to be proven, which follow the lower bounds.
+            shrink: ``(cells,)`` at most 1.
+
+        Returns:
+            ``(cells,)`` bool.
+        """
+        layer = self._peak.owner[problem]
+        closed = torch.zeros(len(problem), dtype=torch.bool, device=problem.device)
+        pending = torch.arange(len(problem), device=problem.device)
+        self.matrices += torch.bincount(layer, minlength=len(self.matrices))
+        while len(pending):
+            hard = pending
+            if self.deflation is not None:
+                hopeless = []
+                for part in pending.split(self.deflation.chunk):
+                    ceiling = target()[layer[part]]
+                    closed[part], failed = self._try_deflated(
+                        self.deflation, problem[part], frequency[part], ceiling, shrink[part]
+                    )
+                    hopeless.append(part[failed])
+                hard = torch.cat(hopeless)
+                pending = pending[~closed[pending]]
+                if self._climb():
+                    continue
+            if len(hard):
+                for part in hard.split(self.gram.chunk):
+                    limit = target()[layer[part]] * shrink[part]
+                    closed[part] = self._try(problem[part], frequency[part], limit)
+            pending = pending[~closed[pending]]
+            if not self._climb():
+                break  # the same limits would fail again
+        return closed
+
+    @property
+    def gram(self) -> GramPolynomial:
+        """The whole Gram matrix, made when it is first needed."""
+        if self._gram is None:
+            self._gram = GramPolynomial(self._symbol)
+        return self._gram
+
+    def _try_deflated(
+        self,
+        deflation: Deflation,
+        problem: Tensor,
+        frequency: Tensor,
+        ceiling: Tensor,
+        shrink: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Which centres are proven, and at which of the others not even ``ceiling`` can be."""
+        values = deflation.evaluate(problem, frequency)
+        _, proven = deflation.certificate(problem, values, ceiling * shrink)
+        failed = torch.nonzero(~proven)[:, 0]
+        values = values[failed]
+        ceiling = ceiling[failed] * (1.0 - _MARGIN)
+        matrix, can_be = deflation.certificate(problem[failed], values, ceiling)
+        hopeless = torch.zeros_like(proven)
+        hopeless[failed[~can_be]] = True
+        works = ~can_be & deflation.works[problem[failed]]
+        if bool(works.any()):
+            failed = failed[works]
+            lowest, vectors = torch.linalg.eigh(matrix[works])
+            left = deflation.lift(problem[failed], frequency[failed], vectors[..., 0])
+            self._peak.offer(problem[failed], frequency[failed], left)
+            self._add_candidates(problem[failed], left, -lowest[..., 0])
+        return proven, hopeless
+
+    def _try(self, problem: Tensor, frequency: Tensor, limit: Tensor) -> Tensor:
+        """Try to prove ``||G|| <= limit`` at centres, by the whole Gram matrix."""
+        peak = self._peak
+        layer = peak.owner[problem]
+        gram = self.gram(problem, frequency)
+        # Where a Rayleigh quotient already exceeds the limit no proof can succeed.
+        vector = peak.left[layer] + self._noise
+        for _ in range(_SCREENING_STEPS):
+            image = (gram @ vector[..., None])[..., 0]
+            length = torch.linalg.vector_norm(image, dim=1, keepdim=True)
+            vector, last = image / length.clamp_min(1e-300), vector
+        estimate = (last.conj() * image).sum(dim=1).real / last.abs().square().sum(dim=1)
+        hopeless = estimate > limit
+        if bool(hopeless.any()):
+            peak.offer(problem[hopeless], frequency[hopeless], vector[hopeless])
+        proven = torch.zeros_like(hopeless)
+        proven[~hopeless] = self.gram.proves(problem[~hopeless], gram[~hopeless], limit[~hopeless])
+        failed = torch.nonzero(~proven)[:, 0]
+        self._add_candidates(problem[failed], vector[failed], estimate[failed])
+
+        # Limits above the lower bound fail only where that is too low: find a better one.
+        stuck = ~proven & (limit > peak.square[layer] * (1.0 + _MARGIN))
+        for one in {int(layer[i]): int(i) for i in torch.nonzero(stuck)[:, 0]}.values():
+            chosen = slice(one, one + 1)
+            _, vectors = torch.linalg.eigh(self.gram(problem[chosen], frequency[chosen]))
+            peak.offer(problem[chosen], frequency[chosen], vectors[..., -1])
+        return proven
+
+    def _add_candidates(self, problem: Tensor, left: Tensor, estimate: Tensor) -> None:
+        """Keep the most promising centres to climb from."""
+        few = min(len(problem), 2 * _CLIMBS * len(self._peak.square))
+        best = estimate.topk(few).indices
+        self._candidates.append((problem[best], left[best], estimate[best]))
+
+    def _climb(self) -> bool:
+        """Ascend from the most promising centres; whether lower bounds rose since the last time."""
+        peak = self._peak
+        candidates, self._candidates = self._candidates, []
+        if candidates and self._idle < _IDLE_CLIMBS:
+            problem, left, estimate = (torch.cat(part) for part in zip(*candidates, strict=True))
+            chosen = []
+            for _ in range(_CLIMBS if len(problem) else 0):
+                best, found = peak.best_of_layers(problem, estimate)
+                chosen.append(best[found])
+                estimate[best[found]] = -math.inf
+            if chosen:
+                places = torch.cat(chosen).unique()
+                places = places[problem[places].argsort()]
+                peak.ascend(problem[places], left[places], _ASCENTS)
+        gained = bool((peak.square > self._known * (1.0 + _GAIN)).any())
+        self._known = peak.square
+        self._idle = 0 if gained else self._idle + 1
+        return gained

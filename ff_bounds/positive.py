@@ -1,0 +1,49 @@
+"""Proof that a Hermitian matrix is positive semidefinite, by one Cholesky factorisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ff_bounds.rounding import UNIT_ROUNDOFF
+
+
+def factorisation_slack(rows: int, trace: Tensor) -> Tensor:
+    """What `proves_positive` needs as ``slack`` at least, for a matrix of at most this trace."""
+    return 32.0 * (rows + 4) * UNIT_ROUNDOFF * trace
+
+
+def proves_positive(matrix: Tensor, slack: Tensor) -> Tensor:
+    r"""Whether ``matrix >= 0`` is proven; ``False`` says nothing.
+
+    If floating-point Cholesky of a Hermitian ``M`` of size ``m`` runs to completion, then
+    ``lambda_min(M) >= -4(m + 4) u tr(M)`` (Demmel; Rump 2006, complex and generous). So success
+    for ``M = matrix - slack I`` is the proof if ``slack`` is at least `factorisation_slack`, which
+    leaves a factor for the rounding of the subtraction; what is beyond it may pay for errors of
+    ``matrix`` itself. It is assumed that the library's Cholesky is a Cholesky, with triangular
+    systems solved by substitution; off the CPU, where that is not known, the factor's residual
+    ``||M - L L^H||_F`` is checked instead (its own rounding is below a quarter of the slack).
+
+    Args:
+        matrix: ``(cells, m, m)`` float64 or complex128, of which the lower triangle counts;
+            overwritten.
+        slack: ``(cells,)`` float64.
+
+    Returns:
+        ``(cells,)`` bool.
+
+    References:
+        S. M. Rump, Verification of positive definiteness, BIT 46 (2006), theorem 2.3.
+    """
+    matrix.diagonal(dim1=-2, dim2=-1).sub_(slack[:, None])
+    if matrix.shape[-1] == 1:
+        entry: Tensor = matrix[:, 0, 0].real >= 0
+        return entry
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if matrix.device.type == "cpu":
+        completed: Tensor = info == 0
+        return completed
+    factor = factor.tril()
+    residual = torch.linalg.matrix_norm(matrix - factor @ factor.mH)
+    small: Tensor = residual <= 0.25 * slack
+    return small
