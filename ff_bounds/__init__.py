@@ -5,6 +5,7 @@ the exact norm of the stored weights, floating-point rounding included. What car
 (`PowerIterationPenalty`, `spectral_norm`, `tensor_norm_estimate`) promises less, and says so.
 """
 
+from ff_bounds.circular import circular_bound, circular_bracket
 from ff_bounds.conv import conv1d_bound, conv2d_bound, conv3d_bound
 from ff_bounds.conv_transpose import (
     conv_transpose1d_bound,
@@ -25,8 +26,14 @@ from ff_bounds.reference import (
     conv_transpose_matrix,
     spectral_norm,
 )
-from ff_bounds.supremum import NormBracket, supremum_bound, supremum_bracket
-from ff_bounds.tensor_norm import tensor_norm_estimate
+from ff_bounds.supremum import (
+    NormBracket,
+    supremum_bound,
+    supremum_bounds,
+    supremum_bracket,
+    supremum_brackets,
+)
+from ff_bounds.tensor_norm import tensor_norm_bound, tensor_norm_estimate
 from ff_bounds.unfoldings import Unfoldings, unfoldings, unit_stride_kernel
 
 __all__ = [
@@ -34,6 +41,8 @@ __all__ = [
     "NormBracket",
     "PowerIterationPenalty",
     "Unfoldings",
+    "circular_bound",
+    "circular_bracket",
     "conv1d_bound",
     "conv2d_bound",
     "conv2d_matrix",
@@ -51,7 +60,10 @@ __all__ = [
     "spectral_norm",
     "spectral_norm_bound",
     "supremum_bound",
+    "supremum_bounds",
     "supremum_bracket",
+    "supremum_brackets",
+    "tensor_norm_bound",
     "tensor_norm_estimate",
     "unfoldings",
     "unit_stride_kernel",

@@ -97,7 +97,11 @@ def branch_and_bound(
     while len(cells.problem):
         half_width = angle * (1.0 + 1e-12) * 0.5**cells.level + blur
         shrink = half_width.cos().square() * (1.0 - 1e-14)
-        closed = tests.close(cells.problem, cells.centre, target, shrink)
+
+        def limit(part: Tensor, square: Tensor, shrink: Tensor = shrink) -> Tensor:
+            return shrink[part] * square
+
+        closed = tests.close(cells.problem, cells.centre, target, limit)
         cells = cells.chosen(~closed)
         layer = owner[cells.problem]
         visits = tests.matrices + len(offsets) * torch.bincount(layer, minlength=len(tolerances))

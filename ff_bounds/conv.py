@@ -8,15 +8,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ff_bounds.circular import circular_bound, circular_kernel
 from ff_bounds.fantastic_four import unfoldings_bound
+from ff_bounds.frequency_grid import gram_iteration_supremum_bound
 from ff_bounds.padding import padding_effect
 from ff_bounds.rounding import product_bound
-from ff_bounds.supremum import supremum_bound
+from ff_bounds.supremum import supremum_bound, supremum_bracket_and_bound
+from ff_bounds.tensor_norm import tensor_norm_bound
 from ff_bounds.unfoldings import Size, spatial_axes, unit_stride_kernel
 
 METHODS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "fantastic_four": lambda kernel, tol: unfoldings_bound(kernel),
+    "tensor_norm": lambda kernel, tol: tensor_norm_bound(kernel),
+    "gram_iteration": lambda kernel, tol: gram_iteration_supremum_bound(kernel),
     "supremum": supremum_bound,
+    "best": lambda kernel, tol: _best_bound(kernel, tol),
 }
 """Bounds of the norm on the infinite lattice, from a unit-stride kernel and a tolerance."""
 
@@ -159,8 +165,10 @@ def conv_bound(
             ``torch.nn.Conv2d``.
         input_size: length of each axis of the unpadded input, ``(height, width)`` for two. Matters
             only for the last three modes; ``None`` gives a bound for every size.
-        method: how ``sigma*`` is bounded, see `lattice_bound`.
-        tol: relative gap of ``"supremum"``.
+        method: how ``sigma*`` is bounded, see `lattice_bound`; or ``"circular"``, for circular
+            padding and a known input size: the norm on the grid of that input, to 1e-6
+            (`circular_bracket`). ``"best"`` takes that where it applies.
+        tol: relative gap of ``"supremum"`` and ``"best"``.
 
     Returns:
         A float64 scalar on the weight's device, differentiable with respect to ``weight``.
@@ -190,9 +198,18 @@ def conv_bound(
         padding_mode=padding_mode,
         input_size=input_size,
     )
-    bound = lattice_bound(
-        weight, stride=strides, dilation=dilation, groups=groups, method=method, tol=tol
-    )
+    exact = padding_mode == "circular" and input_size is not None
+    if method == "circular" and not exact:
+        raise ValueError("method='circular' needs padding_mode='circular' and an input_size")
+    if method == "circular" or (method == "best" and exact):
+        kernel, grid = circular_kernel(
+            weight, input_size, stride=strides, dilation=dilation, groups=groups
+        )
+        bound = circular_bound(kernel, grid)
+    else:
+        bound = lattice_bound(
+            weight, stride=strides, dilation=dilation, groups=groups, method=method, tol=tol
+        )
     if repeats == 1:
         return bound
     gain = math.nextafter(math.sqrt(repeats), math.inf)
@@ -204,12 +221,31 @@ def lattice_bound(
 ) -> Tensor:
     """Proven upper bound of ``sigma*``, the norm of a convolution on the infinite lattice.
 
-    ``method`` is ``"fantastic_four"`` (the smallest of ``2**d`` matrices for ``d`` axes; at most
-    ``sqrt(t1 ... td)`` too large, see `fantastic_four_bound`) or ``"supremum"`` (branch and bound
-    over the frequencies; at most ``1 + tol`` too large, see `supremum_bracket`). The other
-    arguments are those of `conv_bound`.
+    Each ``method`` gives a proven bound, rounding included, and a gradient. With ``T = t1 ... td``
+    taps and ``m`` the smaller number of channels:
+
+    * ``"fantastic_four"``: the smallest of ``2**d`` matrices, see `fantastic_four_bound`; at most
+      ``sqrt(T)`` too large.
+    * ``"tensor_norm"``: see `tensor_norm_bound`; rarely above the former, and no more either.
+    * ``"gram_iteration"``: see `gram_iteration_supremum_bound`; a grid of frequencies and 8
+      squarings: at most ``1.005**d m**(1 / 512)`` too large.
+    * ``"supremum"``: branch and bound, see `supremum_bracket`; at most ``1 + tol`` too large, and
+      the quickest of the last three.
+    * ``"best"``: ``"supremum"``, and where a flat symbol made that settle for a larger gap, the
+      smallest of it, ``"fantastic_four"`` and ``"tensor_norm"``.
+
+    The other arguments are those of `conv_bound`.
     """
     if method not in METHODS:
-        raise ValueError(f"expected method to be one of {', '.join(METHODS)}, got {method!r}")
+        known = ", ".join([*METHODS, "circular"])
+        raise ValueError(f"expected method to be one of {known}, got {method!r}")
     kernel = unit_stride_kernel(weight, stride=stride, dilation=dilation, groups=groups)
     return METHODS[method](kernel, tol)
+
+
+def _best_bound(kernel: Tensor, tol: float) -> Tensor:
+    bracket, bound = supremum_bracket_and_bound(kernel, tol)
+    if bracket.upper <= (1.0 + 2.0 * tol) * bracket.lower:
+        return bound
+    others = (bound, unfoldings_bound(kernel), tensor_norm_bound(kernel))
+    return torch.stack(others).amin()

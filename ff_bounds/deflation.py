@@ -127,7 +127,7 @@ def _remainder(symbol: Symbol, basis: Tensor) -> Tensor:
     for factor in (1.02, 1.2):
         limit = estimate * factor + 1e-290
         slack = factorisation_slack(rows, rows * limit + norm(rest) * rows**0.5)
-        shifted = limit[:, None, None] * torch.eye(rows).to(rest) - rest
+        shifted = limit[:, None, None] * torch.eye(rows, dtype=rest.dtype, device=rest.device) - rest
         proven = proves_positive(shifted, slack)
         bound = torch.where(proven & torch.isinf(bound), limit + slack + error, bound)
         if bool(proven.all()):
@@ -176,7 +176,7 @@ class Deflation:
         part = (frame @ kernels.flatten(2)).reshape(problems, size, columns, *taps)
         image = part.movedim((1, 2), (-2, -1))
         step, _ = _without(_compose(image, backward), basis)
-        step = step * (_RELAXATION / square.reshape(-1, *[1] * (dimension + 2)))
+        step = step * (_RELAXATION / square.clamp_min(1e-200).reshape(-1, *[1] * (dimension + 2)))
         start = step.clone()
         start[(slice(None), *(t - 1 for t in taps))] += frame
         image = _compose(start, forward)
@@ -321,7 +321,8 @@ def _polynomials(step: Symbol, rest: Symbol, inside: Symbol) -> tuple[Tensor, Te
     indices = itertools.product(*(range(-g, g + 1) for g in degrees))
     half = sorted(i for i in indices if i >= (0,) * len(degrees))
     shifts = torch.tensor(half, dtype=torch.float64, device=rest.kernels.device)
-    points = shifts * torch.tensor([2 * math.pi / (2 * g + 1) for g in degrees]).to(shifts)
+    steps = [2 * math.pi / (2 * g + 1) for g in degrees]
+    points = shifts * torch.tensor(steps, dtype=torch.float64, device=shifts.device)
     twice = torch.full((len(half),), 2.0, dtype=torch.float64, device=shifts.device)
     twice[0] = 1.0
     angle = points @ shifts.mT  # (points, H)

@@ -51,9 +51,9 @@ class NormTests:
         problem: Tensor,
         frequency: Tensor,
         target: Callable[[], Tensor],
-        shrink: Tensor,
+        limit: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Try to prove ``||K(w)||**2 <= shrink * target`` at each centre.
+        """Try to prove ``||K(w)||**2 <= limit`` at each centre.
 
         Centres that beat a limit raise the lower bound of their layer, and with it the limits of
         the cells that failed, which are then tried again.
@@ -62,7 +62,8 @@ class NormTests:
             problem: ``(cells,)`` int64, ascending.
             frequency: ``(cells, d)``, the centres.
             target: ``(layers,)`` squared norms to be proven, which follow the lower bounds.
-            shrink: ``(cells,)`` at most 1.
+            limit: from cells and their target to what must be proven at the centre for that to
+                hold in the cell; increasing, and at most the target.
 
         Returns:
             ``(cells,)`` bool.
@@ -78,7 +79,7 @@ class NormTests:
                 for part in pending.split(self.deflation.chunk):
                     ceiling = target()[layer[part]]
                     closed[part], failed = self._try_deflated(
-                        self.deflation, problem[part], frequency[part], ceiling, shrink[part]
+                        self.deflation, problem[part], frequency[part], ceiling, limit(part, ceiling)
                     )
                     hopeless.append(part[failed])
                 hard = torch.cat(hopeless)
@@ -87,8 +88,8 @@ class NormTests:
                     continue
             if len(hard):
                 for part in hard.split(self.gram.chunk):
-                    limit = target()[layer[part]] * shrink[part]
-                    closed[part] = self._try(problem[part], frequency[part], limit)
+                    wanted = limit(part, target()[layer[part]])
+                    closed[part] = self._try(problem[part], frequency[part], wanted)
             pending = pending[~closed[pending]]
             if not self._climb():
                 break  # the same limits would fail again
@@ -107,11 +108,11 @@ class NormTests:
         problem: Tensor,
         frequency: Tensor,
         ceiling: Tensor,
-        shrink: Tensor,
+        limit: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Which centres are proven, and at which of the others not even ``ceiling`` can be."""
         values = deflation.evaluate(problem, frequency)
-        _, proven = deflation.certificate(problem, values, ceiling * shrink)
+        _, proven = deflation.certificate(problem, values, limit)
         failed = torch.nonzero(~proven)[:, 0]
         values = values[failed]
         ceiling = ceiling[failed] * (1.0 - _MARGIN)

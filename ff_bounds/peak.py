@@ -78,6 +78,10 @@ class Peak:
         start = torch.randn(self.symbol.rows, generator=generator, dtype=torch.float64)
         return start.to(self.owner.device).expand(len(self.owner), -1)
 
+    def admissible(self, frequency: Tensor) -> Tensor:
+        """The frequencies themselves, or the nearest ones that count."""
+        return frequency
+
     def ascend(
         self, problem: Tensor, left: Tensor, steps: int, frequency: Tensor | None = None
     ) -> None:
@@ -88,7 +92,7 @@ class Peak:
         reached = torch.zeros_like(problem, dtype=torch.float64)
         for step in range(steps):
             if step or frequency is None:
-                frequency = best_frequency(self.symbol, problem, left)
+                frequency = self.admissible(best_frequency(self.symbol, problem, left))
             symbol = self.symbol(problem, frequency)
 
             def gram(vector: Tensor, symbol: Tensor = symbol) -> Tensor:
@@ -111,6 +115,7 @@ class Peak:
         Returns:
             ``(layers,)`` bool: which bounds have risen.
         """
+        frequency = self.admissible(frequency)
         rows = self.symbol.rows_at(problem, left)
         phase = torch.exp(-1j * (frequency @ self.symbol.places.mT))[:, None]
         norm = torch.linalg.vector_norm((phase @ rows)[:, 0], dim=1)

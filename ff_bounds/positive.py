@@ -41,7 +41,8 @@ def proves_positive(matrix: Tensor, slack: Tensor) -> Tensor:
         return entry
     factor, info = torch.linalg.cholesky_ex(matrix)
     if matrix.device.type == "cpu":
-        completed: Tensor = info == 0
+        pivots = factor.diagonal(dim1=-2, dim2=-1).real
+        completed: Tensor = (info == 0) & torch.isfinite(pivots).all(dim=-1)
         return completed
     factor = factor.tril()
     residual = torch.linalg.matrix_norm(matrix - factor @ factor.mH)

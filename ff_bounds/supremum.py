@@ -13,6 +13,8 @@ from ff_bounds.matrix import attach_gradient, check_finite_real
 from ff_bounds.rounding import SMALLEST_NORMAL, scale_by_power_of_two
 from ff_bounds.symbol import normalized_kernels
 
+_ALONE = 96  # rows from which a CPU gains nothing by batching
+
 MAX_MATRICES = 20_000
 """A search that would visit more matrices (and 8 first covers) settles for a larger gap."""
 
@@ -91,6 +93,12 @@ def supremum_bounds(kernels: Sequence[Tensor], tol: float = 1e-3) -> list[Tensor
     return [_differentiable(k, f.bracket, f.left) for k, f in zip(kernels, found, strict=True)]
 
 
+def supremum_bracket_and_bound(kernel: Tensor, tol: float = 1e-3) -> tuple[NormBracket, Tensor]:
+    """`supremum_bracket` and `supremum_bound` by one search."""
+    (found,) = _search([kernel], tol)
+    return found.bracket, _differentiable(kernel, found.bracket, found.left)
+
+
 def _differentiable(kernel: Tensor, bracket: NormBracket, left: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and kernel.requires_grad):
         return bracket.upper
@@ -140,36 +148,78 @@ class _Found(NamedTuple):
     left: Tensor
 
 
+class Prepared(NamedTuple):
+    """Kernels of one shape, ready for a search.
+
+    Attributes:
+        kernels: ``(problems, m, n, *taps)``, see `normalized_kernels`; no axis with a single tap.
+        owner: ``(problems,)``, which of the kernels each belongs to.
+        exponent: ``(layers,)``, to scale back with.
+        axes: for each kernel, which of its axes are left.
+    """
+
+    kernels: Tensor
+    owner: Tensor
+    exponent: Tensor
+    axes: list[list[int]]
+
+
+def prepare(kernels: Sequence[Tensor]) -> Prepared:
+    """Normalise kernels ``(groups, c_out, c_in, *taps)`` that are alike up to outer zeros."""
+    return _together([_without_trivial_axes(kernel) for kernel in kernels])
+
+
+def _together(members: Sequence[tuple[Tensor, list[int]]]) -> Prepared:
+    groups, device = len(members[0][0]), members[0][0].device
+    owner = torch.arange(len(members), device=device).repeat_interleave(groups)
+    stacked = torch.cat([kernel.to(torch.float64) for kernel, _ in members])
+    normalized, exponent = normalized_kernels(stacked, owner)
+    return Prepared(normalized, owner, exponent, [axes for _, axes in members])
+
+
+def scaled_back(prepared: Prepared, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Brackets ``(layers,)`` of the kernels as they were, from those of the normalised ones."""
+    lower = scale_by_power_of_two(lower, prepared.exponent)
+    upper = scale_by_power_of_two(upper, prepared.exponent)
+    tiny = 2.0 * SMALLEST_NORMAL  # what scaling back may have lost to underflow
+    lower = torch.where(lower > tiny, lower, 0.0).clamp_max(torch.finfo(torch.float64).max)
+    upper = torch.where(upper > tiny, upper, upper + tiny)
+    zero = (prepared.kernels == 0).reshape(len(lower), -1).all(dim=1)
+    return lower, torch.where(zero, 0.0, upper)
+
+
+class _Found(NamedTuple):
+    """A bracket, and the singular vector on the smaller side at its peak."""
+
+    bracket: NormBracket
+    left: Tensor
+
+
 def _search(kernels: Sequence[Tensor], tol: float) -> list[_Found]:
     """Search for each kernel's bracket, all of one shape together."""
     if not 1e-6 <= tol <= 1.0:
         raise ValueError(f"expected tol between 1e-6 and 1, got {tol}")
-    prepared = [_without_trivial_axes(kernel.detach()) for kernel in kernels]
-    shapes: dict[tuple[torch.Size, torch.device], list[int]] = {}
-    for index, (kernel, _) in enumerate(prepared):
-        shapes.setdefault((kernel.shape, kernel.device), []).append(index)
+    trimmed = [_without_trivial_axes(kernel.detach()) for kernel in kernels]
+    batches: dict[tuple[object, ...], list[int]] = {}
+    for index, (kernel, _) in enumerate(trimmed):
+        alone = kernel.device.type == "cpu" and min(kernel.shape[1:3]) > _ALONE
+        key = (kernel.shape, kernel.device, index if alone else None)
+        batches.setdefault(key, []).append(index)
     results: dict[int, _Found] = {}
-    for (shape, device), members in shapes.items():
-        owner = torch.arange(len(members), device=device).repeat_interleave(shape[0])
-        normalized, exponent = normalized_kernels(
-            torch.cat([prepared[i][0].to(torch.float64) for i in members]), owner
-        )
-        found = branch_and_bound(normalized, owner, tol, MAX_MATRICES)
-        lower = scale_by_power_of_two(found.lower, exponent)
-        upper = scale_by_power_of_two(found.upper, exponent)
-        tiny = 2.0 * SMALLEST_NORMAL  # what scaling back may have lost to underflow
-        lower = torch.where(lower > tiny, lower, 0.0).clamp_max(torch.finfo(torch.float64).max)
-        upper = torch.where(upper > tiny, upper, upper + tiny)
-        zero = (normalized == 0).flatten(1).all(dim=1).reshape(len(members), -1).all(dim=1)
-        upper = torch.where(zero, 0.0, upper)
-        group = (found.problem - torch.arange(len(members), device=device) * shape[0]).tolist()
-        matrices = found.matrices.tolist()
-        for place, index in enumerate(members):
-            axes = prepared[index][1]
+    for indices in batches.values():
+        prepared = _together([trimmed[index] for index in indices])
+        found = branch_and_bound(prepared.kernels, prepared.owner, tol, MAX_MATRICES)
+        lower, upper = scaled_back(prepared, found.lower, found.upper)
+        groups = len(prepared.owner) // len(indices)
+        for place, index in enumerate(indices):
             frequency = lower.new_zeros(kernels[index].ndim - 3)
-            frequency[axes] = found.frequency[place]
+            frequency[prepared.axes[place]] = found.frequency[place]
             bracket = NormBracket(
-                lower[place], upper[place], frequency, group[place], matrices[place]
+                lower[place],
+                upper[place],
+                frequency,
+                int(found.problem[place]) - place * groups,
+                int(found.matrices[place]),
             )
             results[index] = _Found(bracket, found.left[place])
     return [results[index] for index in range(len(kernels))]

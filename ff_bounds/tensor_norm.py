@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ff_bounds.matrix import attach_gradient, check_finite_real
 from ff_bounds.rounding import scale_by_power_of_two
+from ff_bounds.supremum import supremum_bracket
 
 _BETWEEN_HALVINGS = 10  # sweeps after which the worse half of the ascents is given up
 _CONVERGED = 1e-10  # relative gain of a sweep
@@ -92,6 +93,43 @@ def tensor_norm_estimate(kernel: Tensor, *, starts: int = 16, iterations: int = 
     if not (torch.is_grad_enabled() and kernel.requires_grad):
         return value
     return attach_gradient(kernel.to(torch.float64), value, direction)
+
+
+def tensor_norm_bound(kernel: Tensor) -> Tensor:
+    """Proven upper bound of ``sigma*``, about ``sqrt(T)`` times the tensor norm.
+
+    Claim: ``sigma* <= tensor_norm_bound(kernel)``, rounding included. The candidate
+    ``sqrt(T) tensor_norm_estimate(kernel)`` proves nothing by itself; branch and bound
+    (`supremum_bracket`) with the gap that the candidate leaves above ``sigma*``, so with few
+    frequencies, proves it. Where that fails, because the estimate was too low or the gap is below
+    0.1 %, the result is the upper end of the bracket.
+
+    Args:
+        kernel: ``(groups, c_out, c_in, *taps)``, as from `unit_stride_kernel`.
+
+    Returns:
+        A float64 scalar, differentiable: the estimate's gradient, scaled so that
+        ``<gradient, kernel>`` equals the bound.
+
+    Raises:
+        ValueError: as `tensor_norm_estimate`.
+
+    References:
+        E. Grishina, M. Gorbunov, M. Rakhuba, ECCV 2024, theorem 1 (the inequality).
+
+    Example:
+        >>> kernel = torch.tensor([1.0, -2.0, 1.0]).reshape(1, 1, 1, 3)
+        >>> round(tensor_norm_bound(kernel).item(), 3)  # sigma* is 4
+        4.243
+    """
+    candidate = tensor_norm_estimate(kernel) * math.sqrt(math.prod(kernel.shape[3:]))
+    value = candidate.detach()
+    lower = supremum_bracket(kernel, 1.0).lower
+    gap = float((value / lower - 1.0).nan_to_num(nan=1.0, posinf=1.0)) * (1.0 - 1e-9)
+    upper = supremum_bracket(kernel, min(max(gap, 1e-3), 1.0)).upper
+    proven = torch.maximum(value, upper)
+    scaled = candidate * torch.where(value > 0, proven / value, 1.0)
+    return proven + (scaled - scaled.detach())  # the very value, with a gradient
 
 
 def _ascend(kernel: Tensor, starts: int, iterations: int) -> tuple[Tensor, Tensor]:
