@@ -299,7 +299,14 @@ def run(layers: list[Layer], methods: list[str]) -> Iterator[Row]:
             if method == "Gram iteration on the grid":
                 seconds = part
             yield Row(
-                layer.name, method, value, seconds, part, used, value / lower, value < gain * (1 - 1e-12)
+                layer.name,
+                method,
+                value,
+                seconds,
+                part,
+                used,
+                value / lower,
+                value < gain * (1 - 1e-12),
             )
 
 
@@ -319,7 +326,9 @@ def summary(rows: list[Row], methods: list[str]) -> str:
         )
         if method == "FFT + SVD":
             half = sum(row.seconds_half for row in mine)
-            lines.append(f"{'  half of the frequencies':<28}{half:>9.3f}{half / total[methods[0]]:>12.2f}")
+            lines.append(
+                f"{'  half of the frequencies':<28}{half:>9.3f}{half / total[methods[0]]:>12.2f}"
+            )
     return "\n".join(lines)
 
 
@@ -342,10 +351,14 @@ def plot(rows: list[Row], path: str) -> None:
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, help="ckpt.pt, state_dict.pt or torchvision:NAME.")
+@click.option(
+    "--model", "models", multiple=True, help="ckpt.pt, state_dict.pt or torchvision:NAME."
+)
 @click.option("--input-size", type=int, help="Instead of the model's own.")
 @click.option("--native", is_flag=True, help="ImageNet's sizes, for a checkpoint of resnet18.")
-@click.option("--method", "methods", multiple=True, type=click.Choice(list(METHODS)), help="Or all.")
+@click.option(
+    "--method", "methods", multiple=True, type=click.Choice(list(METHODS)), help="Or all."
+)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--csv", "csv_path", help="Write every row here.")
 @click.option("--plot", "plot_path", help="Write a picture of time against gap here.")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from certify.certificates import Certificate, certificate
 from certify.graph import LipschitzGraph, refuse_what_tracing_misses
-from certify.norms import margin_lipschitz, proven_norms
+from certify.norms import collect_operators, margin_lipschitz, proven_norms
 from certify.signal import UnsupportedModel
 
 
@@ -59,7 +59,7 @@ class CertifiedModel:
         graph = LipschitzGraph(self._model, input_shape)
         self.input_shape = tuple(input_shape)
         self._device = graph.device
-        self._output = graph.walk(proven_norms(method))
+        self._output = graph.walk(proven_norms(method, collect_operators(graph)))
         if len(self._output.shape) != 2:
             raise UnsupportedModel(f"expected logits (N, C), got shape {self._output.shape}")
 

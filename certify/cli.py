@@ -186,8 +186,8 @@ def _describe(metrics: Any) -> str:
     "--method",
     default="fantastic_four",
     show_default=True,
-    type=click.Choice(["fantastic_four", "supremum"]),
-    help="How convolutions are bounded; supremum is tighter and slower.",
+    type=click.Choice(["fantastic_four", "tensor_norm", "gram_iteration", "supremum", "best"]),
+    help="How convolutions are bounded; supremum is the tightest but for best.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @click.option("--batch-size", default=500, show_default=True, type=click.IntRange(min=1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ff_bounds import conv2d_bound, spectral_norm_bound, unit_stride_kernel
-from ff_bounds.padding import padding_effect
+from ff_bounds.padding import padded_bound, padding_effect
 from ff_bounds.rounding import gamma, product_bound, round_up, scale_by_power_of_two, sum_bound
 
 
@@ -44,8 +44,8 @@ class Matrix:
         """Factor between the norms of the kernel and of the map."""
         return 1.0
 
-    def bound(self, method: str) -> Tensor:
-        """Proven upper bound of the norm (one ``method`` fits all matrices)."""
+    def bound(self, method: str, lattice: Tensor | None = None) -> Tensor:
+        """Proven upper bound of the norm; the arguments are those of `Convolution.bound`."""
         bound = spectral_norm_bound(self.effective_weight())
         return _pay_for_scaling(self, bound, self.weight.shape[0])
 
@@ -117,18 +117,34 @@ class Convolution:
         """Factor that padding by copies of the input can add."""
         return math.sqrt(self._padding_effect()[1])
 
-    def bound(self, method: str) -> Tensor:
-        """Proven upper bound of the norm of the layer's Jacobian."""
-        bound = conv2d_bound(
-            self.effective_weight(),
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
-            input_size=self.input_size,
-            method=method,
+    def exact_kernel(self) -> Tensor:
+        """As `kernel`, float64 where scaled: what `bound` is about."""
+        stride, _ = self._padding_effect()
+        return unit_stride_kernel(
+            self.effective_weight(), stride=stride, dilation=self.dilation, groups=self.groups
         )
+
+    def bound(self, method: str, lattice: Tensor | None = None) -> Tensor:
+        """Proven upper bound of the norm of the layer's Jacobian.
+
+        Args:
+            method: as in `ff_bounds.conv2d_bound`.
+            lattice: a proven bound of the norm of `exact_kernel` on the infinite lattice, if there
+                is one already.
+        """
+        if lattice is None:
+            bound = conv2d_bound(
+                self.effective_weight(),
+                stride=self.stride,
+                padding=self.padding,
+                dilation=self.dilation,
+                groups=self.groups,
+                padding_mode=self.padding_mode,
+                input_size=self.input_size,
+                method=method,
+            )
+        else:
+            bound = padded_bound(lattice, self._padding_effect()[1])
         c_out, _, height, width = self.weight.shape
         return _pay_for_scaling(self, bound, c_out * height * width)
 

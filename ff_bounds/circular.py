@@ -56,8 +56,8 @@ def circular_bracket(
 
     Claim: ``lower <= max_j ||K(2 pi j / n)|| <= upper <= (1 + tol) lower``, the largest over the
     groups, rounding included. Only where the grid's norm is next to zero beside ``sigma*``, or the
-    search would visit more than `MAX_MATRICES`, is ``upper`` larger. Taps may exceed the input: they
-    wrap around, as the phases do.
+    search would visit more than `MAX_MATRICES`, is ``upper`` larger. Taps may exceed the input:
+    they wrap around, as the phases do.
 
     Args:
         kernel: ``(groups, c_out, c_in, *taps)`` as from `unit_stride_kernel`; one to three axes.
@@ -93,9 +93,9 @@ def circular_kernel(
     """The kernel and grid whose norm (`circular_bracket`) bounds a circularly padded layer's.
 
     Without a stride, dilation ``d`` evaluates the symbol at ``d`` times the frequencies of the
-    grid, which are those of a grid of ``n / gcd(n, d)`` points. With a stride that divides ``n`` the
-    layer is circulant on ``n / stride`` points, with the polyphase kernel, zeros between the taps
-    written out. With another stride its rows are some of those without it.
+    grid, which are those of a grid of ``n / gcd(n, d)`` points. With a stride that divides ``n``
+    the layer is circulant on ``n / stride`` points, with the polyphase kernel, zeros between the
+    taps written out. With another stride its rows are some of those without it.
 
     Args:
         weight: ``(c_out, c_in // groups, *taps)``.
@@ -168,8 +168,12 @@ def _search(
         extent = (high - low - 1).to(torch.float64) / 2 * steps
         angle = (extent * radii).sum(dim=1) * (1.0 + 1e-12) + 1e-14 * radii.sum()
 
-        def limit(part: Tensor, square: Tensor, angle: Tensor = angle) -> Tensor:
-            bound = most[owner[problem[part]]]
+        roof = most[owner[problem]]
+
+        def limit(
+            part: Tensor, square: Tensor, angle: Tensor = angle, roof: Tensor = roof
+        ) -> Tensor:
+            bound = roof[part]
             rotated = (square.sqrt() / bound * (1.0 - 1e-15)).clamp_max(1.0).acos() + angle[part]
             cosine = rotated.clamp_max(math.pi / 2).cos() - 1e-15
             return (bound * cosine.clamp_min(0.0)).square() * (1.0 - 1e-14)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 from ff_bounds.circular import circular_bound, circular_kernel
 from ff_bounds.fantastic_four import unfoldings_bound
 from ff_bounds.frequency_grid import gram_iteration_supremum_bound
-from ff_bounds.padding import padding_effect
-from ff_bounds.rounding import product_bound
+from ff_bounds.padding import padded_bound, padding_effect
 from ff_bounds.supremum import supremum_bound, supremum_bracket_and_bound
 from ff_bounds.tensor_norm import tensor_norm_bound
 from ff_bounds.unfoldings import Size, spatial_axes, unit_stride_kernel
@@ -198,22 +196,19 @@ def conv_bound(
         padding_mode=padding_mode,
         input_size=input_size,
     )
-    exact = padding_mode == "circular" and input_size is not None
-    if method == "circular" and not exact:
-        raise ValueError("method='circular' needs padding_mode='circular' and an input_size")
-    if method == "circular" or (method == "best" and exact):
+    wraps = padding_mode == "circular" and method in ("circular", "best")
+    if wraps and input_size is not None:
         kernel, grid = circular_kernel(
             weight, input_size, stride=strides, dilation=dilation, groups=groups
         )
         bound = circular_bound(kernel, grid)
+    elif method == "circular":
+        raise ValueError("method='circular' needs padding_mode='circular' and an input_size")
     else:
         bound = lattice_bound(
             weight, stride=strides, dilation=dilation, groups=groups, method=method, tol=tol
         )
-    if repeats == 1:
-        return bound
-    gain = math.nextafter(math.sqrt(repeats), math.inf)
-    return product_bound(bound, torch.tensor(gain, dtype=bound.dtype, device=bound.device))
+    return padded_bound(bound, repeats)
 
 
 def lattice_bound(

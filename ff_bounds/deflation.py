@@ -6,13 +6,15 @@ complement of its range.
 
 **Claim.** Let ``||N^H K(w)||**2 <= rho**2 < X``, ``v(w)`` any ``(k, m)`` matrix, ``C(w)`` any
 ``(k, k)`` matrix, ``G = K K^H`` and ``r = X v - v G``. If
-``M = r v^H - (r - C Q^T)(r - C Q^T)^H / (X - rho**2)`` is positive definite, then ``||K(w)||**2 < X``.
+``M = r v^H - (r - C Q^T)(r - C Q^T)^H / (X - rho**2)`` is positive definite, then
+``||K(w)||**2 < X``.
 
 Proof: the matrix ``[v; N^H] (X - G) [v^H, N]`` has the blocks ``r v^H``, ``r N`` and
 ``N^H (X - G) N >= X - rho**2``. It is positive definite if its Schur complement
-``r v^H - r N (N^H (X - G) N)^-1 (r N)^H`` is, hence if ``r v^H - r N N^H r^H / (X - rho**2)`` is; and
-``r N = (r - C Q^T) N`` with ``||N|| = 1``. A positive definite ``B A B^H`` with square ``B`` makes
-``B`` invertible and ``A`` positive definite.
+``r v^H - r N (N^H (X - G) N)^-1 (r N)^H`` is, hence if ``r v^H - r N N^H r^H / (X - rho**2)`` is;
+and ``r N = (r - C Q^T) N`` with ``||N|| = 1``. A positive definite ``B A B^H`` with square ``B``
+makes ``B`` invertible and ``A`` positive definite. (``B = [v; N^H]`` is square if the columns of
+``Q`` are independent; if not, it has more rows than columns, and ``B A B^H`` is singular.)
 
 Here ``v = Q^T + w`` with ``w`` one step towards the vectors that make ``r N`` vanish, and both are
 kernels with taps: ``v``, ``v G`` and all that is made of them are trigonometric polynomials,
@@ -24,14 +26,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from ff_bounds.lanczos import top_eigenpair
 from ff_bounds.peak import Peak, leading_rows
 from ff_bounds.positive import factorisation_slack, proves_positive
+from ff_bounds.remainder import sharper_remainder, total_size, unfolding_remainder
 from ff_bounds.rounding import UNIT_ROUNDOFF, gamma
 from ff_bounds.symbol import CHUNK_BYTES, Symbol, combine
 
@@ -74,65 +76,12 @@ def deflate(
     size = next(d for d in _DIRECTIONS if d >= int(suitable.max()))
     left = peak.left[peak.owner]
     columns = [left.real[..., None], left.imag[..., None], vectors[..., :size]]
-    basis = torch.linalg.qr(torch.cat(columns, dim=-1)).Q.contiguous()
+    basis: Tensor = torch.linalg.qr(torch.cat(columns, dim=-1)).Q.contiguous()
     if sharper:
-        remainder = _sharper_remainder(symbol, basis, coarse_bound)
+        remainder = sharper_remainder(symbol, basis, coarse_bound)
     else:
-        remainder = _remainder(symbol, basis)
+        remainder = unfolding_remainder(symbol, basis)
     return Deflation(symbol, basis, square, remainder)
-
-
-def _sharper_remainder(
-    symbol: Symbol, basis: Tensor, coarse_bound: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Proven bounds ``(problems,)`` of ``||N^H K(w)||**2`` at every ``w``.
-
-    As ``N^H Q = 0``, ``N^H K = N^H (K - Q A)`` for any kernel ``A``. With the phases of the first axis
-    as they are, and those of the others bounded by ``sqrt(taps)`` each, that is the norm of a kernel
-    with one axis, whose columns are those of ``K - Q A`` at all taps of the others.
-    """
-    kernels, size = symbol.kernels, basis.shape[-1]
-    flat = kernels.flatten(2)
-    rest = (flat - basis @ (basis.mT @ flat)).reshape(kernels.shape)
-    lost = gamma(symbol.rows + size + 4) * (1.0 + _total(basis) ** 2) * symbol.sizes
-    line = rest.movedim(3, -1).flatten(2, -2)  # (problems, m, n * other taps, taps)
-    others = math.prod(symbol.taps[1:])
-    norm = coarse_bound(line) * (math.sqrt(others) * (1.0 + 1e-12)) + 2.0 * lost
-    return norm.square() * (1.0 + 1e-14)
-
-
-def _remainder(symbol: Symbol, basis: Tensor) -> Tensor:
-    """Proven bounds ``(problems,)`` of ``||N^H K(w)||**2`` at every ``w``; infinite if none is found.
-
-    ``K(w) = T (p kron I)`` with unit phases ``p``, so ``||N^H K||**2 <= prod(taps) ||N^H T||**2``, and
-    ``N^H T T^T N = N^H (T T^T - Q A - B Q^T) N`` for any ``A`` and ``B``, as ``N^H Q = 0``. Cholesky
-    proves a bound of that matrix. Rounding: of ``T T^T`` (``n prod(taps)`` terms) and of what is
-    subtracted.
-    """
-    count = math.prod(symbol.taps)
-    mean, rows, size = symbol.mean, symbol.rows, basis.shape[-1]
-    first = basis.mT @ mean
-    rest = mean - basis @ first
-    second = rest @ basis
-    rest = rest - second @ basis.mT
-    rest = 0.5 * (rest + rest.mT)
-    norm = torch.linalg.matrix_norm
-    terms = norm(mean) + norm(basis) * (norm(first) + norm(second))
-    error = gamma(symbol.columns * count + 4) * symbol.sizes.square()
-    error = 2.0 * error + gamma(4 * size + 16) * terms
-    generator = torch.Generator().manual_seed(1)
-    start = torch.randn(rows, generator=generator, dtype=torch.float64).to(rest)
-    _, estimate = top_eigenpair(rest, start.expand(len(rest), -1), 24)
-    bound = torch.full_like(estimate, math.inf)
-    for factor in (1.02, 1.2):
-        limit = estimate * factor + 1e-290
-        slack = factorisation_slack(rows, rows * limit + norm(rest) * rows**0.5)
-        shifted = limit[:, None, None] * torch.eye(rows, dtype=rest.dtype, device=rest.device) - rest
-        proven = proves_positive(shifted, slack)
-        bound = torch.where(proven & torch.isinf(bound), limit + slack + error, bound)
-        if bool(proven.all()):
-            break
-    return bound * (count * (1.0 + 1e-12))
 
 
 class Deflation:
@@ -156,7 +105,7 @@ class Deflation:
 
     Rounding: ``|.|``, the sum of the Frobenius norms of a kernel's taps, bounds its norm at every
     frequency, and the composition of two kernels with ``t`` products a tap is off by
-    ``gamma_t |a||b|``. So the errors of ``v K``, ``v G`` and ``d`` are followed from one to the next.
+    ``gamma_t |a||b|``. So the errors of ``v K``, ``v G`` and ``d`` are followed in this order.
     What separates ``M`` from its computed value is the error of ``d``, that of the polynomials (as
     in `GramPolynomial`), and what vanishes but for rounding: ``Q^T Q - I``, ``w Q`` and ``d Q``.
     """
@@ -178,16 +127,16 @@ class Deflation:
         step, _ = _without(_compose(image, backward), basis)
         step = step * (_RELAXATION / square.clamp_min(1e-200).reshape(-1, *[1] * (dimension + 2)))
         start = step.clone()
-        start[(slice(None), *(t - 1 for t in taps))] += frame
+        start[_at(t - 1 for t in taps)] += frame
         image = _compose(start, forward)
         gram = _compose(image, backward)  # v G
         rest, inside = _without(gram, basis)
 
-        sizes, frame_size = symbol.sizes, _total(frame)
-        image_error = gamma(rows * count * 3**dimension + 4) * _total(start) * sizes
-        gram_error = gamma(columns * count * 5**dimension + 4) * _total(image) * sizes
+        sizes, frame_size = symbol.sizes, total_size(frame)
+        image_error = gamma(rows * count * 3**dimension + 4) * total_size(start) * sizes
+        gram_error = gamma(columns * count * 5**dimension + 4) * total_size(image) * sizes
         gram_error = gram_error + image_error * sizes
-        projection = _total(gram) + _total(inside) * frame_size
+        projection = total_size(gram) + total_size(inside) * frame_size
         rest_error = gram_error + gamma(rows + size + 4) * (1.0 + frame_size**2) * projection
 
         self.rows = size
@@ -200,12 +149,16 @@ class Deflation:
         identity = torch.eye(size, dtype=torch.float64, device=basis.device)
         skew = torch.linalg.matrix_norm(frame @ basis - identity) * (1.0 + 1e-10)
         leak = gamma(rows + 4) * frame_size
-        wide = basis[(slice(None), *[None] * dimension)]
-        step_size, rest_size = _total(step), _total(rest)
-        self._skew = skew + leak * frame_size + _total(step @ wide) + leak * step_size
-        self._step_leak = _total(step @ wide) + leak * step_size
-        self._rest_leak = _total(rest @ wide) + leak * rest_size + 2.0 * rest_error
-        self._step_size, self._rest_size, self._inside_size = step_size, rest_size, _total(inside)
+        wide = _spread(basis, dimension)
+        step_size, rest_size = total_size(step), total_size(rest)
+        self._skew = skew + leak * frame_size + total_size(step @ wide) + leak * step_size
+        self._step_leak = total_size(step @ wide) + leak * step_size
+        self._rest_leak = total_size(rest @ wide) + leak * rest_size + 2.0 * rest_error
+        self._step_size, self._rest_size, self._inside_size = (
+            step_size,
+            rest_size,
+            total_size(inside),
+        )
         self._rest_error = rest_error
         reach = 2 * math.pi * float(self._shifts.abs().amax(dim=0).sum())
         relative = gamma(rows + count * 4**dimension + len(self._shifts) + 16)
@@ -222,7 +175,8 @@ class Deflation:
         angle = frequency @ self._shifts.mT
         real = combine(self._even, problem, angle.cos())
         imaginary = combine(self._odd, problem, -angle.sin())
-        return torch.complex(real, imaginary).unflatten(1, (4, self.rows, self.rows))
+        values = torch.complex(real, imaginary)
+        return values.reshape(-1, 4, self.rows, self.rows)
 
     def certificate(self, problem: Tensor, values: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
         """The matrix ``M`` for the limit ``X``, and the proof.
@@ -247,7 +201,8 @@ class Deflation:
         matrix.diagonal(dim1=-2, dim2=-1).add_(limit[:, None])
         trace = matrix.diagonal(dim1=-2, dim2=-1).real.clamp_min(0.0).sum(dim=-1)
         slack = self._slack(problem, limit, gap) + factorisation_slack(self.rows, trace)
-        return matrix, usable & proves_positive(matrix.clone(), slack)
+        proven: Tensor = usable & proves_positive(matrix.clone(), slack)
+        return matrix, proven
 
     def _slack(self, problem: Tensor, limit: Tensor, gap: Tensor) -> Tensor:
         """Bound ``(cells,)`` of all that separates ``M`` from its computed value."""
@@ -260,18 +215,25 @@ class Deflation:
         inherited = error * (step + 2.0 * outer / gap + error / gap)
         vanishing = (limit + inside) * self._skew[problem]
         vanishing = vanishing + limit * self._step_leak[problem] + self._rest_leak[problem]
-        return 4.0 * (8.0 * self._relative * computed + inherited + vanishing) + 1e-280
+        slack: Tensor = 4.0 * (8.0 * self._relative * computed + inherited + vanishing) + 1e-280
+        return slack
 
     def lift(self, problem: Tensor, frequency: Tensor, vectors: Tensor) -> Tensor:
-        """Vectors ``v^H x`` ``(cells, m)`` for ``x`` ``(cells, k)``: where ``M`` is not positive."""
+        """Vectors ``v^H x`` ``(cells, m)`` for ``x`` ``(cells, k)``, an eigenvector of ``M``."""
         row = vectors.conj()[:, None]
         frame = self._basis.mT.to(row.dtype)[problem] + self._step(problem, frequency)
-        return (row @ frame)[:, 0].conj()
+        lifted: Tensor = (row @ frame)[:, 0].conj()
+        return lifted
 
 
-def _total(image: Tensor) -> Tensor:
-    """Bound ``(problems,)`` of the sum over the taps of the Frobenius norms of ``(k, m)`` blocks."""
-    return torch.linalg.matrix_norm(image).reshape(len(image), -1).sum(dim=1) * (1.0 + 1e-10)
+def _at(place: Iterable[int | slice]) -> tuple[int | slice, ...]:
+    """The index of a tap, or of several, in all problems."""
+    return (slice(None), *place)
+
+
+def _spread(basis: Tensor, dimension: int) -> Tensor:
+    """``(problems, m, k)`` with an axis for each axis of taps behind the first."""
+    return basis.reshape(len(basis), *[1] * dimension, *basis.shape[1:])
 
 
 def _as_kernel(image: Tensor) -> Tensor:
@@ -280,7 +242,7 @@ def _as_kernel(image: Tensor) -> Tensor:
 
 def _without(image: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """``(image - c Q^T, c)`` with ``c = image Q`` at each tap."""
-    basis = basis[(slice(None), *[None] * (image.ndim - 3))]
+    basis = _spread(basis, image.ndim - 3)
     inside = image @ basis
     return image - inside @ basis.mT, inside
 
@@ -301,9 +263,9 @@ def _compose(image: Tensor, kernel: Tensor) -> Tensor:
     result = image.new_zeros(len(image), *sizes, image.shape[-2], kernel.shape[-1])
     rows = image.flatten(1, -2)
     for place in itertools.product(*map(range, second)):
-        product = rows @ kernel[(slice(None), *place)]
+        product = rows @ kernel[_at(place)]
         window = tuple(slice(p, p + a) for p, a in zip(place, first, strict=True))
-        result[(slice(None), *window)] += product.reshape(len(image), *first, *result.shape[-2:])
+        result[_at(window)] += product.reshape(len(image), *first, *result.shape[-2:])
     return result
 
 

@@ -79,7 +79,11 @@ class NormTests:
                 for part in pending.split(self.deflation.chunk):
                     ceiling = target()[layer[part]]
                     closed[part], failed = self._try_deflated(
-                        self.deflation, problem[part], frequency[part], ceiling, limit(part, ceiling)
+                        self.deflation,
+                        problem[part],
+                        frequency[part],
+                        ceiling,
+                        limit(part, ceiling),
                     )
                     hopeless.append(part[failed])
                 hard = torch.cat(hopeless)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
+from ff_bounds.rounding import product_bound
 from ff_bounds.unfoldings import Size, per_axis
 
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
@@ -167,3 +171,11 @@ def padding_effect(
             times = duplication(padding_mode, before, after, sizes[axis])
         repeats *= times
     return tuple(kept), repeats
+
+
+def padded_bound(bound: Tensor, repeats: int) -> Tensor:
+    """Proven bound ``sqrt(repeats) * bound``, differentiable; see `padding_effect`."""
+    if repeats == 1:
+        return bound
+    gain = math.nextafter(math.sqrt(repeats), math.inf)
+    return product_bound(bound, torch.tensor(gain, dtype=bound.dtype, device=bound.device))

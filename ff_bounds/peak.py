@@ -106,14 +106,11 @@ class Peak:
         if frequency is not None:
             self.offer(problem, frequency, left)
 
-    def offer(self, problem: Tensor, frequency: Tensor, left: Tensor) -> Tensor:
+    def offer(self, problem: Tensor, frequency: Tensor, left: Tensor) -> None:
         """Raise lower bounds by ``||left^H K(frequency)||``, rounded down.
 
         The rounding of the product with ``left`` is below that of ``m`` terms, and `Symbol.error`
         covers the rest.
-
-        Returns:
-            ``(layers,)`` bool: which bounds have risen.
         """
         frequency = self.admissible(frequency)
         rows = self.symbol.rows_at(problem, left)
@@ -130,7 +127,6 @@ class Peak:
         self.problem = torch.where(raised, problem[best], self.problem)
         self.frequency = torch.where(raised[:, None], frequency[best], self.frequency)
         self.left = torch.where(raised[:, None], left[best], self.left)
-        return raised
 
     def best_of_layers(self, problem: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """For each layer the place of its largest value, and whether it has one."""
@@ -143,7 +139,7 @@ class Peak:
 
 
 def leading_rows(symbol: Symbol, count: int) -> tuple[Tensor, Tensor]:
-    """Leading eigenpairs of `Symbol.mean`, nearly: ``(problems, k)``, orthonormal ``(problems, m, k)``."""
+    """Estimate the leading eigenpairs of `Symbol.mean`: ``(problems, k)``, ``(problems, m, k)``."""
     mean = symbol.mean
     count = min(count, symbol.rows)
     generator = torch.Generator().manual_seed(0)

@@ -141,13 +141,6 @@ def symbol_norm_gradient(
     return gradient
 
 
-class _Found(NamedTuple):
-    """A bracket, and the singular vector on the smaller side at its peak."""
-
-    bracket: NormBracket
-    left: Tensor
-
-
 class Prepared(NamedTuple):
     """Kernels of one shape, ready for a search.
 

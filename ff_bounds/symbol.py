@@ -86,7 +86,7 @@ class Symbol:
         return torch.complex(real, imaginary).reshape(-1, self.rows, self.columns)
 
     def rows_at(self, problem: Tensor, left: Tensor) -> Tensor:
-        """The row kernel ``left^H K`` of each cell: ``(cells, taps, n)`` for ``left`` ``(cells, m)``."""
+        """The taps ``(cells, taps, n)`` of ``left^H K``, for ``left`` ``(cells, m)``."""
         basis = self._flat.unflatten(2, (self.rows, self.columns))
         parts = torch.stack([left.real, -left.imag], dim=1)  # (cells, 2, m)
         if len(basis) > 1 and self._flat.shape[2] < _SMALL:

@@ -46,8 +46,8 @@ def build(name: str, **hyperparameters: Any) -> nn.Module:
         >>> build("resnet17")
         Traceback (most recent call last):
         ...
-        ValueError: expected model to be one of mlp, 2c2f, 4c3f, resnet18, resnet20, resnet32, resnet56, \
-got 'resnet17'
+        ValueError: expected model to be one of mlp, 2c2f, 4c3f, resnet18, resnet20, resnet32, \
+resnet56, got 'resnet17'
     """
     if name not in MODELS:
         raise ValueError(f"expected model to be one of {', '.join(MODELS)}, got {name!r}")

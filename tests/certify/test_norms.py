@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import models
 from certify import CertifiedModel, UnsupportedModel
 from certify.graph import LipschitzGraph
-from certify.norms import NetworkEstimator, margin_lipschitz, proven_norms
+from certify.norms import NetworkEstimator, collect_operators, margin_lipschitz, proven_norms
 from certify.operators import Operator
 
 
@@ -216,3 +216,19 @@ def test_margins_without_a_last_linear_layer() -> None:
     margins = CertifiedModel(huge, (3,)).margin_lipschitz()
     assert margins.diagonal().tolist() == [0.0, 0.0, 0.0]
     assert bool(margins[0, 1:].isinf().all())
+
+
+def test_convolutions_searched_together_are_measured_as_one_by_one() -> None:
+    torch.manual_seed(0)
+    model = trained(models.build("resnet20", width=4, input_shape=(3, 8, 8))).double().eval()
+    graph = LipschitzGraph(model, (3, 8, 8))
+    alone = graph.walk(proven_norms("supremum")).lipschitz
+    together = graph.walk(proven_norms("supremum", collect_operators(graph))).lipschitz
+    four = graph.walk(proven_norms("fantastic_four")).lipschitz
+    assert together.item() == pytest.approx(alone.item(), rel=2e-3 * 20)
+    assert together < four
+    # What does not turn up as expected is measured by itself.
+    wrong = [operator for operator in collect_operators(graph) if hasattr(operator, "stride")][:3]
+    for operator in wrong:
+        object.__setattr__(operator, "weight", 0.001 * operator.weight.detach())
+    assert graph.walk(proven_norms("supremum", wrong)).lipschitz == alone

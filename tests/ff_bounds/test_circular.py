@@ -82,9 +82,7 @@ def test_method_circular_is_exact(stride: int, dilation: int) -> None:
     weight = make_kernel("normal", (1, 3, 2, 3, 3), 5)[0]
     options = {"stride": stride, "dilation": dilation, "padding": dilation}
     matrix = conv_matrix(weight, (6, 6), padding_mode="circular", **options)
-    bound = conv_bound(
-        weight, padding_mode="circular", input_size=6, method="circular", **options
-    )
+    bound = conv_bound(weight, padding_mode="circular", input_size=6, method="circular", **options)
     assert spectral_norm(matrix) <= bound <= spectral_norm(matrix) * (1 + 2e-6)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ff_bounds import supremum_bracket
 from ff_bounds.branch_and_bound import branch_and_bound
-from ff_bounds.deflation import Deflation, _remainder, _sharper_remainder
+from ff_bounds.deflation import Deflation
+from ff_bounds.remainder import sharper_remainder, unfolding_remainder
 from ff_bounds.symbol import Symbol, normalized_kernels
 from tests.ff_bounds.test_supremum import KINDS, grid_norm, make_kernel, off_grid
 
@@ -42,7 +43,7 @@ def make(kernel: Tensor, size: int, seed: int, good: bool) -> tuple[Symbol, Defl
         basis = torch.randn(len(kernel), rows, size, generator=generator, dtype=torch.float64)
         basis = torch.linalg.qr(basis).Q.contiguous()
     square = branch_and_bound(kernels, owner, 0.05, 1000).lower.square()
-    return symbol, Deflation(symbol, basis, square, _remainder(symbol, basis))
+    return symbol, Deflation(symbol, basis, square, unfolding_remainder(symbol, basis))
 
 
 def frequencies(count: int, dimension: int, seed: int) -> Tensor:
@@ -108,11 +109,13 @@ def test_remainders_bound_what_the_subspace_leaves(
     def coarse(line: Tensor) -> Tensor:
         return branch_and_bound(line, torch.arange(len(line)), 0.1, 1000, deflates=False).upper
 
-    plain = _remainder(symbol, basis)
-    sharper = _sharper_remainder(symbol, basis, coarse)
+    plain = unfolding_remainder(symbol, basis)
+    sharper = sharper_remainder(symbol, basis, coarse)
     for bound in (plain, sharper):
         assert (bound[problem] >= rest * (1 - 1e-12)).all()
-        assert (bound <= 1.3 * math.prod(taps) * kernels.square().flatten(1).sum(dim=1) + 1e-9).all()
+        assert (
+            bound <= 1.3 * math.prod(taps) * kernels.square().flatten(1).sum(dim=1) + 1e-9
+        ).all()
 
 
 @pytest.mark.parametrize("spikes", [1, 3, 12])
