@@ -101,7 +101,7 @@ def branch_and_bound(
         def limit(part: Tensor, square: Tensor, shrink: Tensor = shrink) -> Tensor:
             return shrink[part] * square
 
-        closed = tests.close(cells.problem, cells.centre, target, limit)
+        closed = tests.close(cells.problem, cells.centre, target, limit, half_width)
         cells = cells.chosen(~closed)
         layer = owner[cells.problem]
         visits = tests.matrices + len(offsets) * torch.bincount(layer, minlength=len(tolerances))

@@ -178,7 +178,7 @@ def _search(
             cosine = rotated.clamp_max(math.pi / 2).cos() - 1e-15
             return (bound * cosine.clamp_min(0.0)).square() * (1.0 - 1e-14)
 
-        closed = tests.close(problem, centre, target, limit)
+        closed = tests.close(problem, centre, target, limit, angle)
         trivial = (peak.square.sqrt() * (1.0 + tolerance) >= most)[owner[problem]]
         problem, low, high = (tensor[~(closed | trivial)] for tensor in (problem, low, high))
         single = ((high - low) == 1).all(dim=1)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -120,16 +120,16 @@ class Deflation:
         self._basis = basis
 
         # Images have the layout (problems, *taps, k, m). The tap of v at exponent zero is Q^T.
-        forward = kernels.movedim((1, 2), (-2, -1))  # (problems, *taps, m, n)
-        backward = forward.mT.flip(tuple(range(1, 1 + dimension)))
+        forward = symbol.by_tap.unbind(dim=1)
+        backward = [tap.mT for tap in reversed(forward)]
         part = (frame @ kernels.flatten(2)).reshape(problems, size, columns, *taps)
         image = part.movedim((1, 2), (-2, -1))
-        step, _ = _without(_compose(image, backward), basis)
+        step, _ = _without(_compose(image, backward, taps), basis)
         step = step * (_RELAXATION / square.clamp_min(1e-200).reshape(-1, *[1] * (dimension + 2)))
         start = step.clone()
         start[_at(t - 1 for t in taps)] += frame
-        image = _compose(start, forward)
-        gram = _compose(image, backward)  # v G
+        image = _compose(start, forward, taps)
+        gram = _compose(image, backward, taps)  # v G
         rest, inside = _without(gram, basis)
 
         sizes, frame_size = symbol.sizes, total_size(frame)
@@ -247,23 +247,24 @@ def _without(image: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return image - inside @ basis.mT, inside
 
 
-def _compose(image: Tensor, kernel: Tensor) -> Tensor:
+def _compose(image: Tensor, kernel: Sequence[Tensor], taps: tuple[int, ...]) -> Tensor:
     """Kernel of the product of two symbols.
 
     Args:
         image: ``(problems, *taps, k, m)``.
-        kernel: ``(problems, *taps, m, n)``.
+        kernel: its taps ``(problems, m, n)``.
+        taps: the numbers of the kernel's taps per axis.
 
     Returns:
         ``(problems, *taps, k, n)``, with ``a + b - 1`` taps per axis.
     """
     dimension = image.ndim - 3
-    first, second = image.shape[1 : 1 + dimension], kernel.shape[1 : 1 + dimension]
-    sizes = [a + b - 1 for a, b in zip(first, second, strict=True)]
-    result = image.new_zeros(len(image), *sizes, image.shape[-2], kernel.shape[-1])
+    first = image.shape[1 : 1 + dimension]
+    sizes = [a + b - 1 for a, b in zip(first, taps, strict=True)]
+    result = image.new_zeros(len(image), *sizes, image.shape[-2], kernel[0].shape[-1])
     rows = image.flatten(1, -2)
-    for place in itertools.product(*map(range, second)):
-        product = rows @ kernel[_at(place)]
+    for place, tap in zip(itertools.product(*map(range, taps)), kernel, strict=True):
+        product = rows @ tap
         window = tuple(slice(p, p + a) for p, a in zip(place, first, strict=True))
         result[_at(window)] += product.reshape(len(image), *first, *result.shape[-2:])
     return result

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ff_bounds.deflation import Deflation
-from ff_bounds.peak import Peak
+from ff_bounds.peak import Peak, best_frequency
 from ff_bounds.symbol import GramPolynomial, Symbol
 
 _ASCENTS = 3  # alternating maximisations from a promising centre
-_CLIMBS = 3  # promising centres of each round to climb from
+_CLIMBS = (3, 32)  # promising centres of a layer to climb from in each round, at least and most
+_FAILURES_PER_CLIMB = 12  # where many cells stay open, a better lower bound saves more
 _IDLE_CLIMBS = 2  # in vain, before a climb needs a better reason than a failed proof
 _SCREENING_STEPS = 3  # of power iteration at a centre
 _GAIN = 1e-6  # a rise of the squared lower bound that is worth another try
@@ -40,6 +41,7 @@ class NormTests:
         self._gram: GramPolynomial | None = None
         self._known = peak.square
         self._idle = 0
+        self._failures = 0
         self._candidates: list[tuple[Tensor, Tensor, Tensor]] = []
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(symbol.rows, 2, generator=generator, dtype=torch.float64)
@@ -52,6 +54,7 @@ class NormTests:
         frequency: Tensor,
         target: Callable[[], Tensor],
         limit: Callable[[Tensor, Tensor], Tensor],
+        angle: Tensor,
     ) -> Tensor:
         """Try to prove ``||K(w)||**2 <= limit`` at each centre.
 
@@ -64,6 +67,7 @@ class NormTests:
             target: ``(layers,)`` squared norms to be proven, which follow the lower bounds.
             limit: from cells and their target to what must be proven at the centre for that to
                 hold in the cell; increasing, and at most the target.
+            angle: ``(cells,)`` the cells' sizes, as `GramPolynomial.variation` takes them.
 
         Returns:
             ``(cells,)`` bool.
@@ -92,7 +96,9 @@ class NormTests:
                     continue
             if len(hard):
                 for part in hard.split(self.gram.chunk):
-                    wanted = limit(part, target()[layer[part]])
+                    ceiling = target()[layer[part]]
+                    steady = ceiling - self.gram.variation(problem[part], angle[part])
+                    wanted = torch.maximum(limit(part, ceiling), steady * (1.0 - 1e-15))
                     closed[part] = self._try(problem[part], frequency[part], wanted)
             pending = pending[~closed[pending]]
             if not self._climb():
@@ -162,7 +168,8 @@ class NormTests:
 
     def _add_candidates(self, problem: Tensor, left: Tensor, estimate: Tensor) -> None:
         """Keep the most promising centres to climb from."""
-        few = min(len(problem), 2 * _CLIMBS * len(self._peak.square))
+        self._failures += len(problem)
+        few = min(len(problem), 2 * _CLIMBS[1] * len(self._peak.square))
         best = estimate.topk(few).indices
         self._candidates.append((problem[best], left[best], estimate[best]))
 
@@ -170,17 +177,24 @@ class NormTests:
         """Ascend from the most promising centres; whether lower bounds rose since the last time."""
         peak = self._peak
         candidates, self._candidates = self._candidates, []
-        if candidates and self._idle < _IDLE_CLIMBS:
+        climbs = self._failures // (_FAILURES_PER_CLIMB * len(peak.square))
+        climbs = min(max(climbs, _CLIMBS[0]), _CLIMBS[1])
+        self._failures = 0
+        if candidates and (self._idle < _IDLE_CLIMBS or climbs > _CLIMBS[0]):
             problem, left, estimate = (torch.cat(part) for part in zip(*candidates, strict=True))
             chosen = []
-            for _ in range(_CLIMBS if len(problem) else 0):
+            for _ in range(climbs if len(problem) else 0):
                 best, found = peak.best_of_layers(problem, estimate)
                 chosen.append(best[found])
                 estimate[best[found]] = -math.inf
             if chosen:
                 places = torch.cat(chosen).unique()
                 places = places[problem[places].argsort()]
-                peak.ascend(problem[places], left[places], _ASCENTS)
+                problem, left = problem[places], left[places]
+                frequency = peak.admissible(best_frequency(self._symbol, problem, left))
+                new = ~peak.is_known(problem, frequency)
+                if bool(new.any()):
+                    peak.ascend(problem[new], left[new], _ASCENTS, frequency[new])
         gained = bool((peak.square > self._known * (1.0 + _GAIN)).any())
         self._known = peak.square
         self._idle = 0 if gained else self._idle + 1

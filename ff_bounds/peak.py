@@ -16,7 +16,9 @@ from ff_bounds.rounding import gamma
 from ff_bounds.symbol import Symbol
 
 _STEPS = 8  # of the Lanczos process at each new frequency
+_DIRECT = 24  # rows up to which eigh is quicker
 _STEPS_WITHOUT_TAPS = 64  # where there is only one frequency
+_NEXT = 0.1  # radians within which ascents are taken to end at the same peak
 _STANDSTILL = 1e-5  # relative gain of the squared norm
 _COMPRESSED = 64  # rows above which a search starts from a few combinations of them
 _COMBINATIONS = 12
@@ -95,16 +97,23 @@ class Peak:
                 frequency = self.admissible(best_frequency(self.symbol, problem, left))
             symbol = self.symbol(problem, frequency)
 
-            def gram(vector: Tensor, symbol: Tensor = symbol) -> Tensor:
-                image: Tensor = symbol @ (symbol.mH @ vector[..., None])
-                return image[..., 0]
-
-            left, value = top_eigenpair(gram, left, _STEPS)
+            left, value = _improve(left, symbol)
             if bool((value <= reached * (1.0 + _STANDSTILL)).all()):
                 break
             reached = value
         if frequency is not None:
             self.offer(problem, frequency, left)
+
+    def is_known(self, problem: Tensor, frequency: Tensor) -> Tensor:
+        """Whether frequencies ``(cells, d)`` are next to where the lower bound was found."""
+        layer = self.owner[problem]
+        known, turn = self.frequency[layer], 2.0 * math.pi
+        away = [
+            (difference.remainder(turn) - math.pi).abs().sub(math.pi).abs().amax(dim=1)
+            for difference in (frequency - known, frequency + known)
+        ]
+        near: Tensor = torch.minimum(*away) < _NEXT
+        return near & (problem == self.problem[layer])
 
     def offer(self, problem: Tensor, frequency: Tensor, left: Tensor) -> None:
         """Raise lower bounds by ``||left^H K(frequency)||``, rounded down.
@@ -136,6 +145,19 @@ class Peak:
         place = torch.where(value == largest[layer], place, -1)
         best = torch.full_like(self.problem, -1).scatter_reduce(0, layer, place, "amax")
         return best.clamp_min(0), best >= 0
+
+
+def _improve(left: Tensor, symbol: Tensor) -> tuple[Tensor, Tensor]:
+    """Approximate top left singular vectors of ``(cells, m, n)`` matrices, and squared norms."""
+    if symbol.shape[1] <= _DIRECT:
+        values, vectors = torch.linalg.eigh(symbol @ symbol.mH)
+        return vectors[..., -1], values[..., -1]
+
+    def gram(vector: Tensor) -> Tensor:
+        image: Tensor = symbol @ (symbol.mH @ vector[..., None])
+        return image[..., 0]
+
+    return top_eigenpair(gram, left, _STEPS)
 
 
 def leading_rows(symbol: Symbol, count: int) -> tuple[Tensor, Tensor]:

@@ -225,10 +225,10 @@ def _without_trivial_axes(kernel: Tensor) -> tuple[Tensor, list[int]]:
         The kernel, and which of the axes are left.
     """
     check_finite_real(kernel, "weight")
-    for axis in range(3, kernel.ndim):
-        used = torch.nonzero(kernel.movedim(axis, 0).flatten(1).any(dim=1))[:, 0]
-        if len(used):
-            first, last = int(used[0]), int(used[-1])
-            kernel = kernel.narrow(axis, first, last - first + 1)
+    used = torch.nonzero(kernel.flatten(0, 2).any(dim=0))  # (taps that are not zero, d)
+    if len(used):
+        first, last = used.amin(dim=0).tolist(), used.amax(dim=0).tolist()
+        for axis, (low, high) in enumerate(zip(first, last, strict=True), start=3):
+            kernel = kernel.narrow(axis, low, high - low + 1)
     axes = [axis for axis, taps in enumerate(kernel.shape[3:]) if taps > 1]
     return kernel.reshape(*kernel.shape[:3], *(kernel.shape[3 + axis] for axis in axes)), axes

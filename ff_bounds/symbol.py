@@ -35,6 +35,7 @@ class Symbol:
         origin: the exponent of the first tap, per axis (zero unless told).
 
     Attributes:
+        by_tap: the kernels as ``(problems, prod(taps), m, n)``.
         sizes: ``(problems,)`` bound of ``||K(w)||`` for every ``w``: ``sum_a ||K_a||_F``.
         error: ``(problems,)`` bound of ``||computed K(w) - K(w)||_F`` for every frequency with
             ``|w_j| <= 2 pi``.
@@ -53,8 +54,9 @@ class Symbol:
         lines = (range(o, o + t) for o, t in zip(origin, self.taps, strict=True))
         places = torch.tensor(list(itertools.product(*lines)), dtype=torch.float64)
         self.places = places.reshape(count, dimension).to(kernels.device)
-        self._flat = kernels.flatten(3) if dimension else kernels[..., None]
-        self._flat = self._flat.permute(0, 3, 1, 2).flatten(2).contiguous()  # (problems, taps, mn)
+        flat = kernels.flatten(3) if dimension else kernels[..., None]
+        self.by_tap = flat.permute(0, 3, 1, 2).contiguous()
+        self._flat = self.by_tap.flatten(2)  # (problems, taps, m n)
         self.sizes = torch.linalg.vector_norm(self._flat, dim=2).sum(dim=1)
         self.sizes = self.sizes * (1.0 + gamma(self.rows * self.columns + count + 2))
         reach = 2 * math.pi * float(self.places.abs().amax(dim=0).sum()) if dimension else 0.0
@@ -87,7 +89,7 @@ class Symbol:
 
     def rows_at(self, problem: Tensor, left: Tensor) -> Tensor:
         """The taps ``(cells, taps, n)`` of ``left^H K``, for ``left`` ``(cells, m)``."""
-        basis = self._flat.unflatten(2, (self.rows, self.columns))
+        basis = self.by_tap
         parts = torch.stack([left.real, -left.imag], dim=1)  # (cells, 2, m)
         if len(basis) > 1 and self._flat.shape[2] < _SMALL:
             rows = parts[:, None] @ basis[problem]  # (cells, taps, 2, n)
@@ -152,17 +154,31 @@ class GramPolynomial:
             odd.append(product - product.mT)
         self._even = torch.stack(even, dim=1).flatten(2)  # (problems, H + 1, m * m)
         self._odd = torch.stack(odd, dim=1).flatten(2) if odd else None
+        norm = torch.linalg.vector_norm
+        shifted = [(e.flatten(1), o.flatten(1)) for e, o in zip(even[1:], odd, strict=True)]
+        parts = [torch.hypot(norm(e, dim=1), norm(o, dim=1)) for e, o in shifted]  # 2 ||G_s||_F
+        variation = torch.stack(parts).sum(dim=0) if parts else torch.zeros_like(symbol.sizes)
 
         reach = 2 * math.pi * sum(t - 1 for t in self.taps)
         relative = gamma(columns * count + len(even) + 4)
         relative += 2 * (dimension + 1) * UNIT_ROUNDOFF * reach + 8 * UNIT_ROUNDOFF
         squares = kernels.square().flatten(1).sum(dim=1)
         self.error = 4 * relative * count * squares + 1e-290
+        self._variation = variation * (1.0 + 1e-9) + 2.0 * self.error
 
     @property
     def chunk(self) -> int:
         """How many matrices to ask for at once."""
         return max(1, CHUNK_BYTES // (16 * self.rows * self.rows))
+
+    def variation(self, problem: Tensor, angle: Tensor) -> Tensor:
+        """Bound of ``||G(w) - G(c)||`` where ``sum_j (taps_j - 1) / 2 |w_j - c_j| <= angle``.
+
+        A pair of shifts ``s, -s`` changes by ``2 ||G_s|| |exp(-i <s, w - c>) - 1|`` at most, and
+        ``|<s, w - c>| <= 2 angle``. Small for nearly orthogonal convolutions, whose ``G`` is nearly
+        constant; elsewhere of no use.
+        """
+        return self._variation[problem] * (2.0 * angle * (1.0 + 1e-14)).clamp_max(2.0)
 
     def __call__(self, problem: Tensor, frequency: Tensor) -> Tensor:
         """Evaluate ``G`` of kernel ``problem[c]`` at ``frequency[c]``.

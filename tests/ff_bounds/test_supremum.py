@@ -15,7 +15,10 @@ from ff_bounds import (
     fantastic_four_bound,
     spectral_norm,
     supremum_bound,
+    supremum_bounds,
     supremum_bracket,
+    supremum_brackets,
+    unit_stride_kernel,
 )
 from ff_bounds.cells import first_cells
 from ff_bounds.symbol import GramPolynomial, Symbol, normalized_kernels
@@ -260,3 +263,58 @@ def test_refusals(value: float) -> None:
         supremum_bracket(kernel)
     with pytest.raises(ValueError, match="expected tol between"):
         supremum_bracket(torch.ones(1, 1, 1, 3, 3), 0.0)
+
+
+@pytest.mark.parametrize("taps", range(1, 12))
+@pytest.mark.parametrize("stride", range(1, 5))
+def test_the_tolerance_is_reached_for_every_layer(taps: int, stride: int) -> None:
+    weight = make_kernel("normal", (1, 6, 2, taps, taps), taps)[0]
+    for groups, dilation in ((1, 1), (2, 1), (3, 2)):
+        kernel = unit_stride_kernel(weight, stride=stride, dilation=dilation, groups=groups)
+        found = supremum_bracket(kernel)
+        assert found.upper <= (1 + 1e-3) * found.lower
+        size = 4 * taps
+        assert grid_norm(kernel, size) <= found.upper
+
+
+@pytest.mark.parametrize(("c_out", "c_in", "taps", "groups"), [(64, 1, 3, 64), (96, 24, 1, 1)])
+def test_layers_of_mobilenet(c_out: int, c_in: int, taps: int, groups: int) -> None:
+    weight = make_kernel("normal", (1, c_out, c_in, taps, taps), 0)[0]
+    found = supremum_bracket(unit_stride_kernel(weight, groups=groups))
+    assert found.upper <= (1 + 1e-3) * found.lower
+    assert found.matrices <= 64 * 60
+
+
+def test_kernels_searched_together_are_as_one_by_one() -> None:
+    shapes = [(1, 3, 4, 3, 3), (2, 2, 5, 3), (1, 3, 4, 3, 3), (1, 3, 4, 5, 3), (1, 100, 99, 3)]
+    kernels = [make_kernel("normal", shape, seed) for seed, shape in enumerate(shapes)]
+    kernels[3][..., 0, :] = kernels[3][..., -1, :] = 0.0  # of the same shape as the first, trimmed
+    kernels.append(torch.zeros(1, 3, 4, 3, 3))
+    kernels.append(1e-30 * kernels[0])
+    for kernel, found in zip(kernels, supremum_brackets(kernels), strict=True):
+        alone = supremum_bracket(kernel)
+        assert found.group == alone.group
+        assert found.frequency.shape == (kernel.ndim - 3,)
+        assert found.lower <= alone.upper
+        assert alone.lower <= found.upper
+        assert found.upper <= 1.001 * found.lower
+    ends = supremum_bounds([kernel.requires_grad_(True) for kernel in kernels])
+    torch.stack(ends).sum().backward()
+    for kernel, bound in zip(kernels, ends, strict=True):
+        assert kernel.grad is not None
+        assert (kernel.grad * kernel).sum().item() == pytest.approx(bound.item(), rel=1e-9)
+
+
+def test_orthogonal_convolutions_close_at_once() -> None:
+    """``G`` is constant: the first cells suffice."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(2, 36, 36, generator=generator, dtype=torch.float64)
+    left, right = torch.linalg.qr(normal).Q
+    kernel = torch.zeros(1, 36, 36, 3, 3, dtype=torch.float64)
+    for index, place in enumerate(itertools.product(range(3), repeat=2)):
+        part = slice(4 * index, 4 * index + 4)
+        kernel[0, :, :, place[0], place[1]] = left[:, part] @ right[part]
+    found = supremum_bracket(kernel, 1e-5)
+    assert found.lower <= 1.0 <= found.upper * (1 + 1e-12)
+    assert found.upper <= (1 + 1e-5) * found.lower
+    assert found.matrices < 60
