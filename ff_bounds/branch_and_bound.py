@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ff_bounds.cells import first_cells
-from ff_bounds.deflation import deflate
+from ff_bounds.deflation import deflations
 from ff_bounds.norm_tests import NormTests
 from ff_bounds.peak import Peak
 from ff_bounds.symbol import Symbol
@@ -79,15 +79,15 @@ def branch_and_bound(
     symbol = Symbol(kernels)
     peak = Peak(symbol, owner)
     peak.search(_ASCENTS)
-    deflation = deflate(symbol, peak, _coarse_bound) if deflates else None
-    tests = NormTests(symbol, peak, deflation)
+    ways = deflations(symbol, peak, _coarse_bound) if deflates else []
+    tests = NormTests(symbol, peak, ways)
     tolerances = torch.full_like(peak.square, tolerance)
 
     def target() -> Tensor:
         """``U**2`` of each layer: what is to be proven."""
         return (peak.square * ((1.0 + tolerances) * (1.0 - _SLACK)).square()).clamp_min(_NEGLIGIBLE)
 
-    first = _FIRST_ANGLE if deflation is None else _FIRST_ANGLE_DEFLATED
+    first = _FIRST_ANGLE_DEFLATED if ways else _FIRST_ANGLE
     centres, offsets, angle = first_cells(symbol.taps, first, owner.device)
     problem = torch.arange(len(owner), device=owner.device).repeat_interleave(len(centres))
     cells = _Cells(problem, centres.repeat(len(owner), 1), torch.zeros_like(problem))

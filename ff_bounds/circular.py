@@ -147,7 +147,7 @@ def _search(
     peak = _GridPeak(symbol, owner, grid)
     peak.ascend(supremum.problem, supremum.left, _ASCENTS)
     peak.offer(supremum.problem, supremum.frequency, supremum.left)
-    tests = NormTests(symbol, peak, None)
+    tests = NormTests(symbol, peak, [])
     tolerance, floor = tol, 1e-13  # the floor: a norm next to zero beside the supremum
 
     def target() -> Tensor:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,48 +41,66 @@ from ff_bounds.symbol import CHUNK_BYTES, Symbol, combine
 _WORTHWHILE = 96  # rows from which a test of the whole matrix costs more
 _DIRECTIONS = (8, 12, 16, 24, 32)  # how many are split off
 _CHEAP_DIRECTIONS = 24  # what a sharper bound of the remainder would cost about as much as
+_REMAINDER_UNCORRECTED = 0.4  # of the squared norm, how much may remain without a correction
 _REMAINDER = 0.8  # of the squared norm: how much may remain, by the bound from the unfolding
 _REMAINDER_SHARPER = 1.4  # and where the sharper bound will be about half of that
 _RELAXATION = 1.1  # of the step towards the invariant space: X / (X - a typical value of N^H G N)
 
 
-def deflate(
+def deflations(
     symbol: Symbol, peak: Peak, coarse_bound: Callable[[Tensor], Tensor]
-) -> Deflation | None:
-    """Split off the directions of large singular values, where few of them suffice.
+) -> list[Callable[[], Deflation]]:
+    """Ways to split off the directions of large singular values, the cheapest first; maybe none.
 
-    They are the vectors of the peak and leading eigenvectors of the mean ``T T^T`` of ``G`` over
-    all frequencies, ``T`` being the unfolding ``(m, n prod(taps))``. As many are taken as make what
-    remains small beside the lower bound of ``||G||``: as bounded by ``T``, or, where that takes
-    many, by the sharper and costlier of the two bounds below.
+    The directions are the vectors of the peak and leading eigenvectors of the mean ``T T^T`` of
+    ``G`` over all frequencies, ``T`` being the unfolding ``(m, n prod(taps))``. So many are taken
+    as make what remains small enough beside the lower bound of ``||G||``: very small for tests without
+    a correction ``w``, which cost a tenth to prepare; smaller than the limit for tests with one, as
+    bounded by ``T`` or, where that would take many directions, by the sharper and costlier bound.
 
     Args:
         symbol: the kernels.
         peak: their lower bounds.
         coarse_bound: proven bounds ``(problems,)`` of ``sigma*`` of kernels
             ``(problems, m, n, taps)`` with one axis.
+
+    Returns:
+        Functions that do the work, to be called when it is needed.
     """
     if symbol.rows < _WORTHWHILE or not symbol.taps:
-        return None
+        return []
     values, vectors = leading_rows(symbol, _DIRECTIONS[-1] + 1)
     square = peak.square[peak.owner]
     values = values * math.prod(symbol.taps) / square[:, None]
-    for sharper, most in ((False, _CHEAP_DIRECTIONS), (True, _DIRECTIONS[-1])):
-        large = (values > (_REMAINDER_SHARPER if sharper else _REMAINDER)).sum(dim=1)
-        suitable = large[large <= most]
-        if len(suitable):
-            break
-    else:
-        return None
-    size = next(d for d in _DIRECTIONS if d >= int(suitable.max()))
     left = peak.left[peak.owner]
-    columns = [left.real[..., None], left.imag[..., None], vectors[..., :size]]
-    basis: Tensor = torch.linalg.qr(torch.cat(columns, dim=-1)).Q.contiguous()
-    if sharper:
-        remainder = sharper_remainder(symbol, basis, coarse_bound)
-    else:
-        remainder = unfolding_remainder(symbol, basis)
-    return Deflation(symbol, basis, square, remainder)
+
+    def size(remainder: float, most: int) -> int | None:
+        """How many directions leave so little, at most; some kernels may need more."""
+        large = (values > remainder).sum(dim=1)
+        suitable = large[large <= most]
+        return None if not len(suitable) else next(d for d in _DIRECTIONS if d >= suitable.max())
+
+    def split_off(count: int, *, corrected: bool, sharper: bool) -> Deflation:
+        columns = [left.real[..., None], left.imag[..., None], vectors[..., :count]]
+        basis: Tensor = torch.linalg.qr(torch.cat(columns, dim=-1)).Q.contiguous()
+        if sharper:
+            remainder = sharper_remainder(symbol, basis, coarse_bound)
+        else:
+            remainder = unfolding_remainder(symbol, basis)
+        return Deflation(symbol, basis, square, remainder, corrected=corrected)
+
+    ways: list[Callable[[], Deflation]] = []
+    count = size(_REMAINDER_UNCORRECTED, _DIRECTIONS[-1])
+    if count is not None:
+        ways.append(partial(split_off, count, corrected=False, sharper=False))
+    count = size(_REMAINDER, _CHEAP_DIRECTIONS)
+    if count is not None:
+        ways.append(partial(split_off, count, corrected=True, sharper=False))
+        return ways
+    count = size(_REMAINDER_SHARPER, _DIRECTIONS[-1])
+    if count is not None:
+        ways.append(partial(split_off, count, corrected=True, sharper=True))
+    return ways
 
 
 class Deflation:
@@ -92,6 +111,7 @@ class Deflation:
         basis: ``Q`` ``(problems, m, k)`` float64, nearly orthonormal.
         square: ``(problems,)`` about the largest ``||K(w)||**2``: what ``w`` is chosen for.
         remainder: ``(problems,)`` proven bound ``rho**2`` of ``||N^H K(w)||**2``; may be infinite.
+        corrected: whether ``w`` is made; else it is zero.
 
     Attributes:
         works: ``(problems,)`` bool, where ``rho`` is small enough for anything to be proven.
@@ -110,7 +130,15 @@ class Deflation:
     in `GramPolynomial`), and what vanishes but for rounding: ``Q^T Q - I``, ``w Q`` and ``d Q``.
     """
 
-    def __init__(self, symbol: Symbol, basis: Tensor, square: Tensor, remainder: Tensor) -> None:
+    def __init__(
+        self,
+        symbol: Symbol,
+        basis: Tensor,
+        square: Tensor,
+        remainder: Tensor,
+        *,
+        corrected: bool = True,
+    ) -> None:
         kernels, taps = symbol.kernels, symbol.taps
         problems, rows, columns = kernels.shape[:3]
         dimension, count, size = len(taps), math.prod(taps), basis.shape[2]
@@ -124,10 +152,15 @@ class Deflation:
         backward = [tap.mT for tap in reversed(forward)]
         part = (frame @ kernels.flatten(2)).reshape(problems, size, columns, *taps)
         image = part.movedim((1, 2), (-2, -1))
-        step, _ = _without(_compose(image, backward, taps), basis)
-        step = step * (_RELAXATION / square.clamp_min(1e-200).reshape(-1, *[1] * (dimension + 2)))
+        reach = [t - 1 if corrected else 0 for t in taps]  # of w, on either side
+        if corrected:
+            step, _ = _without(_compose(image, backward, taps), basis)
+            scale = _RELAXATION / square.clamp_min(1e-200)
+            step = step * scale.reshape(-1, *[1] * (dimension + 2))
+        else:
+            step = frame.new_zeros(problems, *[1] * dimension, size, rows)
         start = step.clone()
-        start[_at(t - 1 for t in taps)] += frame
+        start[_at(reach)] += frame
         image = _compose(start, forward, taps)
         gram = _compose(image, backward, taps)  # v G
         rest, inside = _without(gram, basis)
@@ -140,8 +173,8 @@ class Deflation:
         rest_error = gram_error + gamma(rows + size + 4) * (1.0 + frame_size**2) * projection
 
         self.rows = size
-        self._step = Symbol(_as_kernel(step), [1 - t for t in taps])
-        far = [2 - 2 * t for t in taps]
+        self._step = Symbol(_as_kernel(step), [-r for r in reach])
+        far = [1 - t - r for t, r in zip(taps, reach, strict=True)]
         self._shifts, self._even, self._odd = _polynomials(
             self._step, Symbol(_as_kernel(rest), far), Symbol(_as_kernel(inside), far)
         )
@@ -160,9 +193,9 @@ class Deflation:
             total_size(inside),
         )
         self._rest_error = rest_error
-        reach = 2 * math.pi * float(self._shifts.abs().amax(dim=0).sum())
+        turns = 2 * math.pi * float(self._shifts.abs().amax(dim=0).sum())
         relative = gamma(rows + count * 4**dimension + len(self._shifts) + 16)
-        relative = relative + 2 * (dimension + 2) * UNIT_ROUNDOFF * reach
+        relative = relative + 2 * (dimension + 2) * UNIT_ROUNDOFF * turns
         self._relative = 2 * len(self._shifts) * relative
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,14 +28,16 @@ class NormTests:
     Args:
         symbol: the kernels.
         peak: their lower bounds, which rise as better frequencies are met.
-        deflation: a test that costs less, if there is one.
+        deflations: tests that cost less, see `ff_bounds.deflation.deflations`.
 
     Attributes:
         matrices: ``(layers,)`` int64, how many frequencies were tried.
     """
 
-    def __init__(self, symbol: Symbol, peak: Peak, deflation: Deflation | None) -> None:
-        self.deflation = deflation
+    def __init__(
+        self, symbol: Symbol, peak: Peak, deflations: Sequence[Callable[[], Deflation]]
+    ) -> None:
+        self._deflations = [cache(make) for make in deflations]
         self.matrices = torch.zeros_like(peak.problem)
         self._symbol = symbol
         self._peak = peak
@@ -77,23 +80,24 @@ class NormTests:
         pending = torch.arange(len(problem), device=problem.device)
         self.matrices += torch.bincount(layer, minlength=len(self.matrices))
         while len(pending):
-            hard = pending
-            if self.deflation is not None:
-                hopeless = []
-                for part in pending.split(self.deflation.chunk):
+            hard, gained = pending, False
+            for make in self._deflations:
+                if not len(hard):
+                    break
+                deflation, hopeless = make(), []
+                for part in hard.split(deflation.chunk):
                     ceiling = target()[layer[part]]
                     closed[part], failed = self._try_deflated(
-                        self.deflation,
-                        problem[part],
-                        frequency[part],
-                        ceiling,
-                        limit(part, ceiling),
+                        deflation, problem[part], frequency[part], ceiling, limit(part, ceiling)
                     )
                     hopeless.append(part[failed])
                 hard = torch.cat(hopeless)
+                gained = self._climb()
+                if gained:
+                    break
+            if gained:
                 pending = pending[~closed[pending]]
-                if self._climb():
-                    continue
+                continue
             if len(hard):
                 for part in hard.split(self.gram.chunk):
                     ceiling = target()[layer[part]]
@@ -197,5 +201,5 @@ class NormTests:
                     peak.ascend(problem[new], left[new], _ASCENTS, frequency[new])
         gained = bool((peak.square > self._known * (1.0 + _GAIN)).any())
         self._known = peak.square
-        self._idle = 0 if gained else self._idle + 1
+        self._idle = 0 if gained else self._idle + bool(candidates)
         return gained
