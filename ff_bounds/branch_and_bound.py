@@ -94,6 +94,8 @@ def branch_and_bound(
     largest = (_COVERS * torch.bincount(owner[problem])).clamp_min(max_matrices)
     # The centres, built from pi by a few sums, are off by less than 1e-14 along each axis.
     blur = 1e-14 * sum((taps - 1) / 2 for taps in symbol.taps)
+    # The least that can be said: ``||K(w)|| <= sum_a ||K_a||_F``.
+    crude = torch.zeros_like(peak.square).scatter_reduce(0, owner, symbol.sizes, "amax")
     while len(cells.problem):
         half_width = angle * (1.0 + 1e-12) * 0.5**cells.level + blur
         shrink = half_width.cos().square() * (1.0 - 1e-14)
@@ -102,7 +104,8 @@ def branch_and_bound(
             return shrink[part] * square
 
         closed = tests.close(cells.problem, cells.centre, target, limit, half_width)
-        cells = cells.chosen(~closed)
+        trivial = ~(target().sqrt() * (1.0 - 1e-15) < crude)
+        cells = cells.chosen(~(closed | trivial[owner[cells.problem]]))
         layer = owner[cells.problem]
         visits = tests.matrices + len(offsets) * torch.bincount(layer, minlength=len(tolerances))
         stays = visits > largest  # with a larger tolerance, the same cells are tried again
@@ -110,7 +113,7 @@ def branch_and_bound(
         cells = cells.split(offsets, ~stays[layer])
 
     lower = peak.square.sqrt() * (1.0 - 1e-15)
-    upper = target().sqrt() * (1.0 + 1e-15)
+    upper = torch.fmin(target().sqrt() * (1.0 + 1e-15), crude)
     return Supremum(lower, upper, peak.frequency, peak.problem, peak.left, tests.matrices)
 
 

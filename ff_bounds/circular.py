@@ -106,6 +106,11 @@ def circular_kernel(
 
     Returns:
         ``(groups, c_out // groups, channels, *taps)``, and the points per axis.
+
+    Example:
+        >>> kernel, grid = circular_kernel(torch.ones(1, 2, 3), 8, stride=2, dilation=1, groups=1)
+        >>> tuple(kernel.shape), grid  # the two phases of two channels, on 4 points
+        ((1, 1, 4, 2), [4])
     """
     axes = weight.ndim - 2
     sizes = per_axis(input_size, "input_size", 1, axes)
@@ -178,11 +183,14 @@ def _search(
             cosine = rotated.clamp_max(math.pi / 2).cos() - 1e-15
             return (bound * cosine.clamp_min(0.0)).square() * (1.0 - 1e-14)
 
+        before = peak.square
         closed = tests.close(problem, centre, target, limit, angle)
-        trivial = (peak.square.sqrt() * (1.0 + tolerance) >= most)[owner[problem]]
+        # Nothing is left to prove where the target is no less than the supremum.
+        trivial = (target().sqrt() * (1.0 - 1e-15) >= most)[owner[problem]]
         problem, low, high = (tensor[~(closed | trivial)] for tensor in (problem, low, high))
         single = ((high - low) == 1).all(dim=1)
-        if bool(single.any()) or int(tests.matrices.sum()) > MAX_MATRICES:
+        stuck = bool(single.any()) and not bool((peak.square > before).any())
+        if stuck or int(tests.matrices.sum()) > MAX_MATRICES:
             tolerance, floor = 2.0 * tolerance, 4.0 * floor  # what is left is rounding, or too much
         if len(problem) and not bool(single.all()):
             problem, low, high = _split(problem, low, high)

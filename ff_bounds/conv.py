@@ -13,7 +13,7 @@ from ff_bounds.frequency_grid import gram_iteration_supremum_bound
 from ff_bounds.padding import padded_bound, padding_effect
 from ff_bounds.supremum import supremum_bound, supremum_bracket_and_bound
 from ff_bounds.tensor_norm import tensor_norm_bound
-from ff_bounds.unfoldings import Size, spatial_axes, unit_stride_kernel
+from ff_bounds.unfoldings import Size, per_axis, spatial_axes, unit_stride_kernel
 
 METHODS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "fantastic_four": lambda kernel, tol: unfoldings_bound(kernel),
@@ -202,6 +202,12 @@ def conv_bound(
             weight, input_size, stride=strides, dilation=dilation, groups=groups
         )
         bound = circular_bound(kernel, grid)
+        sizes = per_axis(input_size, "input_size", 1, weight.ndim - 2)
+        if method == "best" and any(n % step for n, step in zip(sizes, strides, strict=True)):
+            lattice = lattice_bound(  # the grid of such a layer knows nothing of its stride
+                weight, stride=strides, dilation=dilation, groups=groups, method=method, tol=tol
+            )
+            bound = torch.minimum(bound, lattice)
     elif method == "circular":
         raise ValueError("method='circular' needs padding_mode='circular' and an input_size")
     else:

@@ -39,9 +39,10 @@ from ff_bounds.rounding import UNIT_ROUNDOFF, gamma
 from ff_bounds.symbol import CHUNK_BYTES, Symbol, combine
 
 _WORTHWHILE = 96  # rows from which a test of the whole matrix costs more
-_DIRECTIONS = (8, 12, 16, 24, 32)  # how many are split off
+_DIRECTIONS = (8, 12, 16, 24, 32, 48)  # how many are split off
+_CORRECTED_DIRECTIONS = 32  # at most, where each costs more
 _CHEAP_DIRECTIONS = 24  # what a sharper bound of the remainder would cost about as much as
-_REMAINDER_UNCORRECTED = 0.4  # of the squared norm, how much may remain without a correction
+_REMAINDER_UNCORRECTED = 0.3  # of the squared norm, how much may remain without a correction
 _REMAINDER = 0.8  # of the squared norm: how much may remain, by the bound from the unfolding
 _REMAINDER_SHARPER = 1.4  # and where the sharper bound will be about half of that
 _RELAXATION = 1.1  # of the step towards the invariant space: X / (X - a typical value of N^H G N)
@@ -54,8 +55,8 @@ def deflations(
 
     The directions are the vectors of the peak and leading eigenvectors of the mean ``T T^T`` of
     ``G`` over all frequencies, ``T`` being the unfolding ``(m, n prod(taps))``. So many are taken
-    as make what remains small enough beside the lower bound of ``||G||``: very small for tests without
-    a correction ``w``, which cost a tenth to prepare; smaller than the limit for tests with one, as
+    as make what remains small enough beside the lower bound of ``||G||``: small for tests without a
+    correction ``w``, which cost a tenth to prepare; smaller than the limit for tests with one, as
     bounded by ``T`` or, where that would take many directions, by the sharper and costlier bound.
 
     Args:
@@ -90,14 +91,14 @@ def deflations(
         return Deflation(symbol, basis, square, remainder, corrected=corrected)
 
     ways: list[Callable[[], Deflation]] = []
-    count = size(_REMAINDER_UNCORRECTED, _DIRECTIONS[-1])
+    count = size(_REMAINDER_UNCORRECTED, min(_DIRECTIONS[-1], symbol.rows // 4))
     if count is not None:
         ways.append(partial(split_off, count, corrected=False, sharper=False))
     count = size(_REMAINDER, _CHEAP_DIRECTIONS)
     if count is not None:
         ways.append(partial(split_off, count, corrected=True, sharper=False))
         return ways
-    count = size(_REMAINDER_SHARPER, _DIRECTIONS[-1])
+    count = size(_REMAINDER_SHARPER, _CORRECTED_DIRECTIONS)
     if count is not None:
         ways.append(partial(split_off, count, corrected=True, sharper=True))
     return ways
@@ -186,7 +187,7 @@ class Deflation:
         step_size, rest_size = total_size(step), total_size(rest)
         self._skew = skew + leak * frame_size + total_size(step @ wide) + leak * step_size
         self._step_leak = total_size(step @ wide) + leak * step_size
-        self._rest_leak = total_size(rest @ wide) + leak * rest_size + 2.0 * rest_error
+        self._rest_leak = total_size(rest @ wide) + leak * rest_size + frame_size * rest_error
         self._step_size, self._rest_size, self._inside_size = (
             step_size,
             rest_size,

@@ -153,7 +153,8 @@ class NormTests:
             image = (gram @ vector[..., None])[..., 0]
             length = torch.linalg.vector_norm(image, dim=1, keepdim=True)
             vector, last = image / length.clamp_min(1e-300), vector
-        estimate = (last.conj() * image).sum(dim=1).real / last.abs().square().sum(dim=1)
+        square = last.abs().square().sum(dim=1).clamp_min(1e-300)
+        estimate = (last.conj() * image).sum(dim=1).real / square
         hopeless = estimate > limit
         if bool(hopeless.any()):
             peak.offer(problem[hopeless], frequency[hopeless], vector[hopeless])
@@ -195,6 +196,7 @@ class NormTests:
                 places = torch.cat(chosen).unique()
                 places = places[problem[places].argsort()]
                 problem, left = problem[places], left[places]
+            if len(problem):
                 frequency = peak.admissible(best_frequency(self._symbol, problem, left))
                 new = ~peak.is_known(problem, frequency)
                 if bool(new.any()):

@@ -140,6 +140,7 @@ class Peak:
     def best_of_layers(self, problem: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """For each layer the place of its largest value, and whether it has one."""
         layer = self.owner[problem]
+        value = value.nan_to_num(nan=-math.inf)
         largest = torch.full_like(self.square, -math.inf).scatter_reduce(0, layer, value, "amax")
         place = torch.arange(len(problem), device=problem.device)
         place = torch.where(value == largest[layer], place, -1)

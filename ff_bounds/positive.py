@@ -37,8 +37,9 @@ def proves_positive(matrix: Tensor, slack: Tensor) -> Tensor:
     """
     matrix.diagonal(dim1=-2, dim2=-1).sub_(slack[:, None])
     if matrix.shape[-1] == 1:
-        entry: Tensor = matrix[:, 0, 0].real >= 0
-        return entry
+        entry = matrix[:, 0, 0].real
+        positive: Tensor = (entry >= 0) & torch.isfinite(entry)
+        return positive
     factor, info = torch.linalg.cholesky_ex(matrix)
     if matrix.device.type == "cpu":
         pivots = factor.diagonal(dim1=-2, dim2=-1).real

@@ -118,12 +118,15 @@ def symbol_norm_gradient(
         group: the kernel meant.
         frequency: ``(d,)``, the ``w`` meant.
         left: complex, on the smaller side of the kernel.
-        value: ``<gradient, kernel>`` afterwards.
+        value: ``<gradient, kernel>`` afterwards; an infinite one has no gradient, and gives zero.
 
     Returns:
         Of the shape of ``kernel``, float64.
     """
     chosen = kernel[group].to(torch.float64)
+    exponent = torch.frexp(chosen.abs().amax()).exponent
+    chosen = scale_by_power_of_two(chosen, -exponent)  # squares of its entries are taken
+    value = scale_by_power_of_two(value.nan_to_num(posinf=0.0), -exponent)
     wide = chosen.shape[0] <= chosen.shape[1]
     chosen = chosen if wide else chosen.transpose(0, 1)
     taps = chosen.shape[2:]

@@ -128,8 +128,10 @@ def tensor_norm_bound(kernel: Tensor) -> Tensor:
     gap = float((value / lower - 1.0).nan_to_num(nan=1.0, posinf=1.0)) * (1.0 - 1e-9)
     upper = supremum_bracket(kernel, min(max(gap, 1e-3), 1.0)).upper
     proven = torch.maximum(value, upper)
-    scaled = candidate * torch.where(value > 0, proven / value, 1.0)
-    return proven + (scaled - scaled.detach())  # the very value, with a gradient
+    usable = (value > 0) & torch.isfinite(proven)
+    scaled = candidate * torch.where(usable, proven / value, 0.0)
+    exact = proven + (scaled - scaled.detach())  # the very value, with a gradient
+    return torch.where(torch.isfinite(proven), exact, proven)
 
 
 def _ascend(kernel: Tensor, starts: int, iterations: int) -> tuple[Tensor, Tensor]:

@@ -111,3 +111,33 @@ def test_refusals() -> None:
         circular_bracket(kernel * math.nan, 3)
     with pytest.raises(ValueError, match="needs padding_mode='circular' and an input_size"):
         conv_bound(kernel[0], method="circular")
+
+
+def test_symbols_that_vanish_on_the_grid() -> None:
+    kernel = torch.tensor([7.0, 7.0, -14.0]).reshape(1, 1, 3)
+    options = {"padding_mode": "circular", "input_size": 3, "dilation": 3, "padding": 3}
+    for method in ("circular", "best"):
+        assert conv_bound(kernel, method=method, **options) <= 1e-4  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        mean_free = torch.randn(2, 3, 1, 3, 1, 1, generator=generator, dtype=torch.float64)
+        mean_free -= mean_free.mean(dim=3, keepdim=True)
+        assert circular_bracket(mean_free, (1, 6, 3)).upper <= 1e-4
+
+
+def test_best_knows_the_stride_where_the_grid_does_not() -> None:
+    options = {"stride": 2, "padding_mode": "circular", "input_size": 7}
+    best = conv_bound(torch.ones(1, 1, 2), method="best", **options)  # type: ignore[arg-type]
+    assert best <= math.sqrt(2) * 1.002
+
+
+def test_nothing_is_closed_for_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any ascent, and a supremum next to the target, the bracket still holds."""
+    monkeypatch.setattr("ff_bounds.norm_tests.NormTests._climb", lambda self: False)
+    tol = 1e-3
+    flat = 1 / (1 + 0.9995 * tol)
+    kernel = torch.zeros(1, 2, 2, 3, dtype=torch.float64)
+    kernel[0, 0, 0, 1] = flat
+    kernel[0, 1, 1] = torch.tensor([0.5, 0.0, 0.5])  # |cos|
+    found = circular_bracket(kernel, 64, tol)
+    assert found.upper >= exact(kernel, [64]) * (1 - 1e-14)

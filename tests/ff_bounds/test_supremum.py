@@ -18,6 +18,7 @@ from ff_bounds import (
     supremum_bounds,
     supremum_bracket,
     supremum_brackets,
+    tensor_norm_bound,
     unit_stride_kernel,
 )
 from ff_bounds.cells import first_cells
@@ -318,3 +319,19 @@ def test_orthogonal_convolutions_close_at_once() -> None:
     assert found.lower <= 1.0 <= found.upper * (1 + 1e-12)
     assert found.upper <= (1 + 1e-5) * found.lower
     assert found.matrices < 60
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e-161, 1.0, 1e170, 1e300])
+def test_gradients_at_all_scales(scale: float) -> None:
+    kernel = (make_kernel("normal", (1, 2, 2, 3), 0) * scale).requires_grad_(True)
+    bound = supremum_bound(kernel)
+    (gradient,) = torch.autograd.grad(bound, kernel)
+    assert (gradient * (kernel / scale)).sum().item() == pytest.approx(bound.item() / scale)
+
+
+def test_an_overflowing_bound_is_infinite() -> None:
+    kernel = torch.full((1, 1, 1, 3, 3), 1e308, dtype=torch.float64, requires_grad=True)
+    for bound in (supremum_bound(kernel), tensor_norm_bound(kernel)):
+        assert bound == math.inf
+        (gradient,) = torch.autograd.grad(bound, kernel)
+        assert torch.isfinite(gradient).all()
