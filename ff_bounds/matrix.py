@@ -97,7 +97,7 @@ def check_finite_real(tensor: Tensor, name: str) -> None:
     """Raise ``ValueError`` unless ``tensor`` is real floating-point without NaN and infinity."""
     if not tensor.is_floating_point():
         raise ValueError(f"expected {name} of a real floating-point dtype, got {tensor.dtype}")
-    if not bool(torch.isfinite(tensor).all()):
+    if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
         raise ValueError(f"expected finite {name}, got NaN or infinite entries")
 
 

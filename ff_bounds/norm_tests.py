@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,7 +27,8 @@ class NormTests:
     Args:
         symbol: the kernels.
         peak: their lower bounds, which rise as better frequencies are met.
-        deflations: tests that cost less, see `ff_bounds.deflation.deflations`.
+        deflations: tests that cost less, see `ff_bounds.deflation.deflations`; the next is made
+            when the one before is not good enough.
 
     Attributes:
         matrices: ``(layers,)`` int64, how many frequencies were tried.
@@ -37,7 +37,8 @@ class NormTests:
     def __init__(
         self, symbol: Symbol, peak: Peak, deflations: Sequence[Callable[[], Deflation]]
     ) -> None:
-        self._deflations = [cache(make) for make in deflations]
+        self._ways = list(deflations)
+        self._deflation = self._ways.pop(0)() if self._ways else None
         self.matrices = torch.zeros_like(peak.problem)
         self._symbol = symbol
         self._peak = peak
@@ -81,20 +82,24 @@ class NormTests:
         self.matrices += torch.bincount(layer, minlength=len(self.matrices))
         while len(pending):
             hard, gained = pending, False
-            for make in self._deflations:
-                if not len(hard):
-                    break
-                deflation, hopeless = make(), []
-                for part in hard.split(deflation.chunk):
+            while len(hard) and self._deflation is not None and not gained:
+                hopeless = []
+                for part in hard.split(self._deflation.chunk):
                     ceiling = target()[layer[part]]
                     closed[part], failed = self._try_deflated(
-                        deflation, problem[part], frequency[part], ceiling, limit(part, ceiling)
+                        self._deflation,
+                        problem[part],
+                        frequency[part],
+                        ceiling,
+                        limit(part, ceiling),
                     )
                     hopeless.append(part[failed])
                 hard = torch.cat(hopeless)
                 gained = self._climb()
-                if gained:
+                if not self._ways:
                     break
+                if len(hard) and not gained:
+                    self._deflation = self._ways.pop(0)()
             if gained:
                 pending = pending[~closed[pending]]
                 continue
@@ -183,9 +188,10 @@ class NormTests:
         peak = self._peak
         candidates, self._candidates = self._candidates, []
         climbs = self._failures // (_FAILURES_PER_CLIMB * len(peak.square))
-        climbs = min(max(climbs, _CLIMBS[0]), _CLIMBS[1])
+        fewest = _CLIMBS[0] if self._deflation is None else 1  # whose vectors are nearly the best
+        climbs = min(max(climbs, fewest), _CLIMBS[1])
         self._failures = 0
-        if candidates and (self._idle < _IDLE_CLIMBS or climbs > _CLIMBS[0]):
+        if candidates and (self._idle < _IDLE_CLIMBS or climbs > fewest):
             problem, left, estimate = (torch.cat(part) for part in zip(*candidates, strict=True))
             chosen = []
             for _ in range(climbs if len(problem) else 0):

@@ -21,7 +21,9 @@ _STEPS_WITHOUT_TAPS = 64  # where there is only one frequency
 _NEXT = 0.1  # radians within which ascents are taken to end at the same peak
 _STANDSTILL = 1e-5  # relative gain of the squared norm
 _COMPRESSED = 64  # rows above which a search starts from a few combinations of them
-_COMBINATIONS = 12
+_COMBINATIONS = 24
+_COMPRESSED_ASCENTS = 3  # with a few combinations
+_FULL_ASCENTS = 3  # and then with all rows
 
 
 class Peak:
@@ -46,6 +48,7 @@ class Peak:
         self.problem = torch.zeros(layers, dtype=torch.int64, device=device)
         self.frequency = self.square.new_zeros(layers, len(symbol.taps))
         self.left = torch.zeros(layers, symbol.rows, dtype=torch.complex128, device=device)
+        self._tops: list[tuple[Tensor, Tensor]] = []
         # A layer whose every kernel is zero: any kernel of it will do.
         self.problem.scatter_(0, owner, torch.arange(len(owner), device=device))
 
@@ -61,7 +64,7 @@ class Peak:
             frequency = self.frequency.new_zeros(len(problems), 0)
             self.offer(problems, frequency, left.to(torch.complex128))
             return
-        _, basis = leading_rows(self.symbol, _COMBINATIONS)  # (problems, m, k)
+        basis = self.symbol.leading[1][..., :_COMBINATIONS]  # (problems, m, k)
         if self.symbol.rows <= _COMPRESSED:
             self.ascend(problems, basis[..., 0].to(torch.complex128), steps)
             return
@@ -70,9 +73,11 @@ class Peak:
         small = Symbol(kernels.unflatten(2, self.symbol.kernels.shape[2:]))
         left = torch.eye(count, dtype=torch.complex128, device=basis.device)
         peak = Peak(small, problems)
-        peak.ascend(problems.repeat_interleave(count), left.repeat(len(problems), 1), steps)
+        peak.ascend(
+            problems.repeat_interleave(count), left.repeat(len(problems), 1), _COMPRESSED_ASCENTS
+        )
         left = (basis.to(peak.left.dtype) @ peak.left[..., None])[..., 0]
-        self.ascend(problems, left, 2, peak.frequency)
+        self.ascend(problems, left, _FULL_ASCENTS, peak.frequency)
 
     def _start(self) -> Tensor:
         """Vectors ``(problems, m)`` without structure, the same at each run."""
@@ -103,6 +108,18 @@ class Peak:
             reached = value
         if frequency is not None:
             self.offer(problem, frequency, left)
+            self._tops.append((problem, left))
+
+    def tops(self, count: int) -> Tensor:
+        """Vectors ``(problems, m, count)`` where ascents last ended, zeros if they were fewer."""
+        tops = self.left.new_zeros(len(self.owner), count, self.symbol.rows)
+        places = [0] * len(self.owner)
+        for problems, left in reversed(self._tops):
+            for index, vector in zip(problems.tolist(), left, strict=True):
+                if places[index] < count:
+                    tops[index, places[index]] = vector
+                    places[index] += 1
+        return tops.mT
 
     def is_known(self, problem: Tensor, frequency: Tensor) -> Tensor:
         """Whether frequencies ``(cells, d)`` are next to where the lower bound was found."""
@@ -159,19 +176,6 @@ def _improve(left: Tensor, symbol: Tensor) -> tuple[Tensor, Tensor]:
         return image[..., 0]
 
     return top_eigenpair(gram, left, _STEPS)
-
-
-def leading_rows(symbol: Symbol, count: int) -> tuple[Tensor, Tensor]:
-    """Estimate the leading eigenpairs of `Symbol.mean`: ``(problems, k)``, ``(problems, m, k)``."""
-    mean = symbol.mean
-    count = min(count, symbol.rows)
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(symbol.rows, count, generator=generator, dtype=torch.float64)
-    basis = basis.to(mean.device).expand(len(mean), -1, -1)
-    for _ in range(4 if count < symbol.rows else 1):
-        basis = torch.linalg.qr(mean @ basis).Q
-    values, vectors = torch.linalg.eigh(basis.mT @ mean @ basis)
-    return values.flip(-1), basis @ vectors.flip(-1)
 
 
 def best_frequency(symbol: Symbol, problem: Tensor, left: Tensor) -> Tensor:

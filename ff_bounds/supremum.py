@@ -168,7 +168,8 @@ def prepare(kernels: Sequence[Tensor]) -> Prepared:
 def _together(members: Sequence[tuple[Tensor, list[int]]]) -> Prepared:
     groups, device = len(members[0][0]), members[0][0].device
     owner = torch.arange(len(members), device=device).repeat_interleave(groups)
-    stacked = torch.cat([kernel.to(torch.float64) for kernel, _ in members])
+    wide = [kernel.to(torch.float64) for kernel, _ in members]
+    stacked = wide[0] if len(wide) == 1 else torch.cat(wide)
     normalized, exponent = normalized_kernels(stacked, owner)
     return Prepared(normalized, owner, exponent, [axes for _, axes in members])
 

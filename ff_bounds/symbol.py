@@ -24,6 +24,11 @@ from ff_bounds.rounding import UNIT_ROUNDOFF, gamma, scale_by_power_of_two
 CHUNK_BYTES = 2**27
 """Complex matrices held at once take so much memory."""
 
+LEADING = 49
+"""How many eigenpairs of the mean of ``K K^H`` are estimated."""
+
+_SUBSPACE_ITERATIONS = 2
+_FEW_ROWS = 64
 _SMALL = 600  # entries of a matrix: below, it costs less to gather coefficients than to loop
 
 
@@ -71,6 +76,25 @@ class Symbol:
         """
         flat = self.kernels.flatten(2)
         return flat @ flat.mT
+
+    @cached_property
+    def leading(self) -> tuple[Tensor, Tensor]:
+        """Estimated leading eigenpairs of `mean`, at most `LEADING`: values, and vectors.
+
+        Returns:
+            ``(problems, k)`` in descending order, ``(problems, m, k)`` nearly orthonormal.
+        """
+        count = min(LEADING, self.rows if self.rows < _FEW_ROWS else self.rows // 4 + 1)
+        generator = torch.Generator().manual_seed(0)
+        size = torch.linalg.matrix_norm(self.mean).clamp_min(1e-30)[:, None, None]
+        mean = (self.mean / size).to(torch.float32)  # which is enough for estimates
+        basis = torch.randn(self.rows, count, generator=generator).to(mean.device)
+        basis = basis.expand(len(mean), -1, -1)
+        for _ in range(_SUBSPACE_ITERATIONS if count < self.rows else 1):
+            basis = torch.linalg.qr(mean @ (mean @ basis)).Q
+        values, vectors = torch.linalg.eigh(basis.mT @ (mean @ basis))
+        values, vectors = values * size[..., 0], basis @ vectors
+        return values.flip(-1), vectors.flip(-1).to(torch.float64)
 
     def __call__(self, problem: Tensor, frequency: Tensor) -> Tensor:
         """Evaluate ``K`` of kernel ``problem[c]`` at ``frequency[c]``.
@@ -233,7 +257,8 @@ def normalized_kernels(kernels: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
         Float64 kernels with ``m <= n``, and the exponents ``(owners,)`` to scale back with.
     """
     kernels = kernels.to(torch.float64)
-    largest = kernels.abs().flatten(1).amax(dim=1)
+    least, most = torch.aminmax(kernels.flatten(1), dim=1)
+    largest = torch.maximum(-least, most)
     owners = int(owner.max()) + 1
     largest = largest.new_zeros(owners).scatter_reduce(0, owner, largest, "amax")
     exponent = torch.frexp(largest).exponent
