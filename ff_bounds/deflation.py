@@ -331,13 +331,16 @@ def _polynomials(step: Symbol, rest: Symbol, inside: Symbol) -> tuple[Tensor, Te
     angle = points @ shifts.mT  # (points, H)
     scale = twice[:, None] * twice / math.prod(2 * g + 1 for g in degrees)
     cosines, sines = angle.cos() * scale, -angle.sin() * scale
-    even, odd = [], []
-    for problem in range(len(rest.kernels)):
-        chosen = torch.full((len(half),), problem, device=shifts.device)
-        w, d, c = (symbol(chosen, points) for symbol in (step, rest, inside))
-        mixed = w @ d.mH
-        samples = torch.stack([w @ w.mH, mixed + mixed.mH, d @ d.mH, 0.5 * (c + c.mH)], dim=1)
-        samples = samples.flatten(1)
-        even.append(cosines.mT @ samples.real)
-        odd.append(sines.mT @ samples.imag)
-    return shifts, torch.stack(even), torch.stack(odd)
+    chunk = max(1, CHUNK_BYTES // (16 * rest.rows * rest.columns))
+    even = cosines.new_zeros(len(rest.kernels), len(half), 4 * rest.rows**2)
+    odd = torch.zeros_like(even)
+    for problem in range(len(even)):
+        for part in torch.arange(len(half), device=shifts.device).split(chunk):
+            chosen = torch.full_like(part, problem)
+            w, d, c = (symbol(chosen, points[part]) for symbol in (step, rest, inside))
+            mixed = w @ d.mH
+            samples = [w @ w.mH, mixed + mixed.mH, d @ d.mH, 0.5 * (c + c.mH)]
+            flat = torch.stack(samples, dim=1).flatten(1)
+            even[problem] += cosines[part].mT @ flat.real
+            odd[problem] += sines[part].mT @ flat.imag
+    return shifts, even, odd

@@ -172,7 +172,8 @@ def _improve(left: Tensor, symbol: Tensor) -> tuple[Tensor, Tensor]:
         return vectors[..., -1], values[..., -1]
 
     def gram(vector: Tensor) -> Tensor:
-        image: Tensor = symbol @ (symbol.mH @ vector[..., None])
+        row = vector.conj()[:, None] @ symbol  # (K^H v)^H: the matrix itself is not conjugated
+        image: Tensor = symbol @ row.mH
         return image[..., 0]
 
     return top_eigenpair(gram, left, _STEPS)

@@ -27,6 +27,7 @@ CHUNK_BYTES = 2**27
 LEADING = 49
 """How many eigenpairs of the mean of ``K K^H`` are estimated."""
 
+_BLOCKED = 256  # rows from which half of a symmetric product pays off
 _SUBSPACE_ITERATIONS = 2
 _FEW_ROWS = 64
 _SMALL = 600  # entries of a matrix: below, it costs less to gather coefficients than to loop
@@ -75,7 +76,13 @@ class Symbol:
         ``T`` is the unfolding ``(m, n prod(taps))``.
         """
         flat = self.kernels.flatten(2)
-        return flat @ flat.mT
+        if self.rows < _BLOCKED:
+            return flat @ flat.mT
+        first, second = flat.chunk(2, dim=1)  # the mirror image of a block need not be computed
+        corner = first @ second.mT
+        upper = torch.cat([first @ first.mT, corner], dim=2)
+        lower = torch.cat([corner.mT, second @ second.mT], dim=2)
+        return torch.cat([upper, lower], dim=1)
 
     @cached_property
     def leading(self) -> tuple[Tensor, Tensor]:
