@@ -89,12 +89,14 @@ def branch_and_bound(
 
     first = _FIRST_ANGLE_DEFLATED if ways else _FIRST_ANGLE
     centres, offsets, angle = first_cells(symbol.taps, first, owner.device)
-    problem = torch.arange(len(owner), device=owner.device).repeat_interleave(len(centres))
-    cells = _Cells(problem, centres.repeat(len(owner), 1), torch.zeros_like(problem))
-    largest = (_COVERS * torch.bincount(owner[problem])).clamp_min(max_matrices)
+    # ``||K(w)|| <= sum_a ||K_a||_F``, which may be enough for groups that are small beside others.
+    large = torch.nonzero(~(symbol.sizes < target().sqrt()[owner] * (1.0 - 1e-15)))[:, 0]
+    problem = large.repeat_interleave(len(centres))
+    cells = _Cells(problem, centres.repeat(len(large), 1), torch.zeros_like(problem))
+    visits = torch.bincount(owner[problem], minlength=len(tolerances))
+    largest = (_COVERS * visits).clamp_min(max_matrices)
     # The centres, built from pi by a few sums, are off by less than 1e-14 along each axis.
     blur = 1e-14 * sum((taps - 1) / 2 for taps in symbol.taps)
-    # The least that can be said: ``||K(w)|| <= sum_a ||K_a||_F``.
     crude = torch.zeros_like(peak.square).scatter_reduce(0, owner, symbol.sizes, "amax")
     while len(cells.problem):
         half_width = angle * (1.0 + 1e-12) * 0.5**cells.level + blur

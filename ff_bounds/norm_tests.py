@@ -163,8 +163,11 @@ class NormTests:
         hopeless = estimate > limit
         if bool(hopeless.any()):
             peak.offer(problem[hopeless], frequency[hopeless], vector[hopeless])
-        proven = torch.zeros_like(hopeless)
-        proven[~hopeless] = self.gram.proves(problem[~hopeless], gram[~hopeless], limit[~hopeless])
+            proven = torch.zeros_like(hopeless)
+            rest = ~hopeless
+            proven[rest] = self.gram.proves(problem[rest], gram[rest], limit[rest])
+        else:
+            proven = self.gram.proves(problem, gram, limit)
         failed = torch.nonzero(~proven)[:, 0]
         self._add_candidates(problem[failed], vector[failed], estimate[failed])
 
