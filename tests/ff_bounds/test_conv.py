@@ -459,3 +459,32 @@ def test_refused_arguments(arguments: dict[str, Any]) -> None:
 def test_refused_weights(weight: Tensor) -> None:
     with pytest.raises(ValueError, match="expected"):
         conv2d_bound(weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(data=st.data())
+def test_every_method_exceeds_the_dense_jacobian(method: str, data: st.DataObject) -> None:
+    layer = data.draw(layers(2))
+    norm = spectral_norm(conv_matrix(layer.weight, layer.size, **layer.arguments))
+    bound = conv2d_bound(layer.weight, input_size=layer.size, method=method, **layer.arguments)
+    assert bound >= norm
+    assert bound <= 1.1 * ceiling(layer) + 1e-300
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_gradient(method: str) -> None:
+    weight = random_weight((4, 2, 3, 2), "normal", 0).requires_grad_(True)
+    bound = conv2d_bound(weight, stride=(2, 1), padding=1, groups=2, method=method)
+    (gradient,) = torch.autograd.grad(bound, weight)
+    assert (gradient * weight).sum().item() == pytest.approx(bound.item(), rel=1e-6)
+
+
+def test_best_is_no_worse_where_the_search_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ff_bounds.supremum.MAX_MATRICES", 1)
+    monkeypatch.setattr("ff_bounds.branch_and_bound._COVERS", 0)
+    weight = random_weight((6, 6, 3, 3), "normal", 0)
+    bounds = {method: conv2d_bound(weight, method=method) for method in METHODS}
+    del bounds["gram_iteration"]
+    assert bounds["best"] == min(bounds.values())
+    patient = random_weight((6, 6, 3, 3), "rank one", 0)
+    assert conv2d_bound(patient, method="best") <= conv2d_bound(patient) * (1 + 1e-8)
