@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ff_bounds.cells import first_cells
-from ff_bounds.deflation import deflations
+from ff_bounds.directions import deflations
 from ff_bounds.norm_tests import NormTests
 from ff_bounds.peak import Peak
 from ff_bounds.symbol import Symbol

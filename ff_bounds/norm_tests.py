@@ -27,7 +27,7 @@ class NormTests:
     Args:
         symbol: the kernels.
         peak: their lower bounds, which rise as better frequencies are met.
-        deflations: tests that cost less, see `ff_bounds.deflation.deflations`; the next is made
+        deflations: tests that cost less, see `ff_bounds.directions.deflations`; the next is made
             when the one before is not good enough.
 
     Attributes:
