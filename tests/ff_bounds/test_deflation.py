@@ -30,7 +30,9 @@ def spiked(shape: tuple[int, ...], seed: int, spikes: int = 2, size: float = 20.
     return normal(*shape) + size / math.sqrt(rows * columns) * spike
 
 
-def make(kernel: Tensor, size: int, seed: int, good: bool) -> tuple[Symbol, Deflation]:
+def make(
+    kernel: Tensor, size: int, seed: int, good: bool, corrected: bool
+) -> tuple[Symbol, Deflation]:
     owner = torch.arange(len(kernel))
     kernels, _ = normalized_kernels(kernel, owner)
     symbol = Symbol(kernels)
@@ -43,7 +45,8 @@ def make(kernel: Tensor, size: int, seed: int, good: bool) -> tuple[Symbol, Defl
         basis = torch.randn(len(kernel), rows, size, generator=generator, dtype=torch.float64)
         basis = torch.linalg.qr(basis).Q.contiguous()
     square = branch_and_bound(kernels, owner, 0.05, 1000).lower.square()
-    return symbol, Deflation(symbol, basis, square, unfolding_remainder(symbol, basis))
+    remainder = unfolding_remainder(symbol, basis)
+    return symbol, Deflation(symbol, basis, square, remainder, corrected=corrected)
 
 
 def frequencies(count: int, dimension: int, seed: int) -> Tensor:
@@ -59,14 +62,22 @@ def frequencies(count: int, dimension: int, seed: int) -> Tensor:
     st.integers(2, 12),
     st.integers(1, 5),
     st.booleans(),
+    st.booleans(),
 )
 def test_never_proves_less_than_the_norm(
-    kind: str, seed: int, taps: tuple[int, ...], rows: int, columns: int, size: int, good: bool
+    kind: str,
+    seed: int,
+    taps: tuple[int, ...],
+    rows: int,
+    columns: int,
+    size: int,
+    good: bool,
+    corrected: bool,
 ) -> None:
     """Whatever the subspace: a limit just below the norm is never proven."""
     shape = (2, min(rows, columns), max(rows, columns), *taps)
     kernel = spiked(shape, seed) if kind == "spiked" else make_kernel(kind, shape, seed)
-    symbol, deflation = make(kernel, min(size, shape[1]), seed, good)
+    symbol, deflation = make(kernel, min(size, shape[1]), seed, good, corrected)
     frequency = frequencies(12, len(taps), seed)
     problem = torch.tensor([0] * 6 + [1] * 6)
     norms = torch.linalg.matrix_norm(symbol(problem, frequency), ord=2)
@@ -83,7 +94,7 @@ def test_never_proves_less_than_the_norm(
 
 @given(st.integers(0, 10**6), st.sampled_from([(3, 3), (3,), (2, 3)]))
 def test_proves_a_limit_just_above_the_norm(seed: int, taps: tuple[int, ...]) -> None:
-    symbol, deflation = make(spiked((1, 16, 20, *taps), seed, size=300.0), 6, seed, good=True)
+    symbol, deflation = make(spiked((1, 16, 20, *taps), seed, size=300.0), 6, seed, True, True)
     frequency = frequencies(20, len(taps), seed)
     problem = torch.zeros(20, dtype=torch.int64)
     norms = torch.linalg.matrix_norm(symbol(problem, frequency), ord=2).square()
