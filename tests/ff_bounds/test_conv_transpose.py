@@ -171,7 +171,8 @@ def test_upsampling_is_exact() -> None:
     root = math.sqrt(3)
     for method in METHODS:
         assert root <= conv_transpose1d_bound(weight, stride=3, method=method) <= 1.001 * root
-        assert 3 <= conv_transpose1d_bound(weight, method=method) <= 3.01
+        loosest = 3.02 if method == "gram_iteration" else 3.01  # a grid of 32 frequencies
+        assert 3 <= conv_transpose1d_bound(weight, method=method) <= loosest
 
 
 @pytest.mark.parametrize("method", METHODS)
