@@ -17,6 +17,7 @@ _CLIMBS = (3, 32)  # promising centres of a layer to climb from in each round, a
 _FAILURES_PER_CLIMB = 12  # where many cells stay open, a better lower bound saves more
 _IDLE_CLIMBS = 2  # in vain, before a climb needs a better reason than a failed proof
 _SCREENING_STEPS = 3  # of power iteration at a centre
+_COPIED = 0.2  # share of hopeless centres from which it costs less to copy the others
 _GAIN = 1e-6  # a rise of the squared lower bound that is worth another try
 _MARGIN = 1e-9  # below the target: whether a smaller cell could be closed at this centre
 
@@ -163,6 +164,7 @@ class NormTests:
         hopeless = estimate > limit
         if bool(hopeless.any()):
             peak.offer(problem[hopeless], frequency[hopeless], vector[hopeless])
+        if int(hopeless.sum()) > _COPIED * len(hopeless):
             proven = torch.zeros_like(hopeless)
             rest = ~hopeless
             proven[rest] = self.gram.proves(problem[rest], gram[rest], limit[rest])

@@ -183,8 +183,13 @@ class GramPolynomial:
             product = ahead.flatten(2) @ behind.flatten(2).mT
             even.append(product + product.mT)
             odd.append(product - product.mT)
-        self._even = torch.stack(even, dim=1).flatten(2)  # (problems, H + 1, m * m)
-        self._odd = torch.stack(odd, dim=1).flatten(2) if odd else None
+        # Real and imaginary parts side by side: a frequency is one row of a matrix product.
+        size = self.rows * self.rows
+        self._basis = symbol.mean.new_zeros(len(kernels), len(even) + len(odd), size, 2)
+        self._basis[:, : len(even), :, 0] = torch.stack(even, dim=1).flatten(2)
+        if odd:
+            self._basis[:, len(even) :, :, 1] = torch.stack(odd, dim=1).flatten(2)
+        self._basis = self._basis.flatten(2)  # (problems, 2 H + 1, 2 m m)
         norm = torch.linalg.vector_norm
         shifted = [(e.flatten(1), o.flatten(1)) for e, o in zip(even[1:], odd, strict=True)]
         parts = [torch.hypot(norm(e, dim=1), norm(o, dim=1)) for e, o in shifted]  # 2 ||G_s||_F
@@ -222,13 +227,9 @@ class GramPolynomial:
             ``(cells, m, m)`` complex128.
         """
         angle = frequency @ self._shifts.mT  # (cells, H + 1), the first one zero
-        parts: list[Tensor] = []
-        for basis, weight in ((self._even, angle.cos()), (self._odd, -angle[:, 1:].sin())):
-            if basis is None:
-                parts.append(torch.zeros_like(parts[0]))
-            else:
-                parts.append(combine(basis, problem, weight))
-        return torch.complex(parts[0], parts[1]).reshape(-1, self.rows, self.rows)
+        weight = torch.cat([angle.cos(), -angle[:, 1:].sin()], dim=1)
+        parts = combine(self._basis, problem, weight).reshape(-1, self.rows, self.rows, 2)
+        return torch.view_as_complex(parts)
 
     def proves(self, problem: Tensor, gram: Tensor, limit: Tensor) -> Tensor:
         """Whether it is proven that ``||G(w)|| <= limit``; see `proves_positive`.
