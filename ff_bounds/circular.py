@@ -55,9 +55,10 @@ def circular_bracket(
     """Bracket the norm of a unit-stride convolution with circular padding on a given input.
 
     Claim: ``lower <= max_j ||K(2 pi j / n)|| <= upper <= (1 + tol) lower``, the largest over the
-    groups, rounding included. Only where the grid's norm is next to zero beside ``sigma*``, or the
-    search would visit more than `MAX_MATRICES`, is ``upper`` larger. Taps may exceed the input:
-    they wrap around, as the phases do.
+    groups, rounding included. ``upper`` is larger where the search would visit more than
+    `MAX_MATRICES`, and where rounding shows: by about ``1e-13 (sigma* / norm)**2`` relative, which
+    matters if the norm on the grid is small beside ``sigma*``, up to ``1e-5 sigma*`` if it is zero.
+    Taps may exceed the input: they wrap around, as the phases do.
 
     Args:
         kernel: ``(groups, c_out, c_in, *taps)`` as from `unit_stride_kernel`; one to three axes.

@@ -36,6 +36,7 @@ from ff_bounds.remainder import total_size
 from ff_bounds.rounding import UNIT_ROUNDOFF, gamma
 from ff_bounds.symbol import CHUNK_BYTES, Symbol, combine
 
+_LEAST = 1e-100  # limit beside which the underflow of squares is nothing
 _RELAXATION = 1.1  # of the step towards the invariant space: X / (X - a typical value of N^H G N)
 
 
@@ -159,7 +160,7 @@ class Deflation:
             ``(cells, k, k)`` and ``(cells,)`` bool: whether ``||K(w)||**2 <= X`` is proven.
         """
         gap = limit - self._remainder[problem] * (1.0 + 1e-14)
-        usable = gap > 1e-3 * limit
+        usable = (gap > 1e-3 * limit) & (limit > _LEAST)
         gap = torch.where(usable, gap, limit)
         factors = torch.stack(
             [limit - limit.square() / gap, limit / gap - 0.5, -1.0 / gap, -torch.ones_like(gap)],

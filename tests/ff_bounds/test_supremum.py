@@ -335,3 +335,20 @@ def test_an_overflowing_bound_is_infinite() -> None:
         assert bound == math.inf
         (gradient,) = torch.autograd.grad(bound, kernel)
         assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("taps", [(3,), (2, 3), (3, 3), (2, 2, 2)])
+def test_variation_of_the_gram_matrix_in_a_cell(taps: tuple[int, ...]) -> None:
+    kernels, _ = normalized_kernels(make_kernel("normal", (2, 3, 4, *taps), 0), torch.arange(2))
+    gram = GramPolynomial(Symbol(kernels))
+    generator = torch.Generator().manual_seed(0)
+    problem = torch.arange(2).repeat_interleave(200)
+    shape = (len(problem), len(taps))
+    centre = 6 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    moved = 0.1 * (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5)
+    radii = torch.tensor([(t - 1) / 2 for t in taps], dtype=torch.float64)
+    angle = (moved.abs() * radii).sum(dim=1)
+    change = torch.linalg.matrix_norm(gram(problem, centre + moved) - gram(problem, centre), ord=2)
+    bound = gram.variation(problem, angle)
+    assert (change <= bound).all()
+    assert (bound <= 100 * change.max()).all()
