@@ -9,9 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from certify.bounding import Bounding, merged
 from certify.certificates import Certificate, certificate
 from certify.graph import LipschitzGraph, refuse_what_tracing_misses
-from certify.norms import collect_operators, margin_lipschitz, proven_norms
+from certify.norms import check_method, margin_lipschitz, proven_norms
 from certify.signal import UnsupportedModel
 
 
@@ -54,14 +55,18 @@ class CertifiedModel:
                 raise UnsupportedModel(f"{name!r} is complex or has no data")
             if not bool(torch.isfinite(tensor.detach()).all()):
                 raise ValueError(f"expected finite parameters, got NaN or infinity in {name!r}")
+        check_method(method)
         self.method = method
         self._model = _copy(model).eval().to(torch.float64).requires_grad_(False)
         graph = LipschitzGraph(self._model, input_shape)
         self.input_shape = tuple(input_shape)
         self._device = graph.device
-        self._output = graph.walk(proven_norms(method, collect_operators(graph)))
-        if len(self._output.shape) != 2:
-            raise UnsupportedModel(f"expected logits (N, C), got shape {self._output.shape}")
+        self._bounding = Bounding(merged(graph.walk()), join=True)
+        self._shape = self._bounding.output.shape
+        if len(self._shape) != 2:
+            raise UnsupportedModel(f"expected logits (N, C), got shape {self._shape}")
+        self._norms = proven_norms(self._bounding.operators(), method)
+        self._values = self._bounding.evaluate(self._norms)
 
     @property
     def model(self) -> nn.Module:
@@ -71,11 +76,11 @@ class CertifiedModel:
     @property
     def num_classes(self) -> int:
         """Number of logits."""
-        return self._output.shape[1]
+        return self._shape[1]
 
     def lipschitz(self) -> Tensor:
         """Proven Lipschitz bound of the map from input to logits, L2 to L2; float64 scalar."""
-        return _proven(self._output.lipschitz)
+        return _proven(self._values[self._bounding.output])
 
     def margin_lipschitz(self) -> Tensor:
         """Proven Lipschitz bounds ``(C, C)`` of all differences of two logits, float64."""
@@ -83,7 +88,7 @@ class CertifiedModel:
 
     @cached_property
     def _margins(self) -> Tensor:
-        return _proven(margin_lipschitz(self._output))
+        return _proven(margin_lipschitz(self._bounding, self._values, self._norms))
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits ``(N, C)`` of inputs ``(N, *input_shape)``, in float64."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from certify.rules import RULES
-from certify.signal import Norms, Signal, UnsupportedModel
+from certify.rules import REFUSALS, RULES
+from certify.signal import Input, Signal, UnsupportedModel
 
-_BATCH = 3  # samples in the example that checks the traced graph
-_SCALES = (0.0, 1e-2, 1e2, 1.0)  # of the example's entries: branches on large values show up
+_SCALES = (0.0, 1e-2, 1e2, 1.0, -1.0)  # of the example's entries: branches on values show up
+_BATCH = len(_SCALES)  # samples in the example that checks the traced graph
 
 _ROOT = "the model itself"
 
@@ -60,13 +60,13 @@ class LipschitzGraph:
             for module, mode in training.items():
                 module.training = mode
 
-    def walk(self, norms: Norms) -> Signal:
-        """Carry a Lipschitz bound from the input to the output, measuring operators by ``norms``.
+    def walk(self) -> Signal:
+        """Return the output as the steps that it arises by.
 
         Raises:
             UnsupportedModel: an operation without a rule, or one that its rule refuses.
         """
-        result = self._walker.walk(norms)
+        result = self._walker.run(None)
         if not isinstance(result, Signal):
             raise UnsupportedModel("the output does not depend on the input, or is not one tensor")
         return result
@@ -78,7 +78,24 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in RULES or super().is_leaf_module(m, module_qualified_name)
+        kind = _kind(m)
+        known = kind in RULES or kind in REFUSALS
+        torchs = kind.__module__.startswith("torch.nn") and kind is not nn.Sequential
+        return known or torchs
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Type that decides about a module: that of before its weights were parametrised.
+
+    ``torch.nn.utils.parametrize`` gives a module a subclass of its own in which a weight is a
+    property; ``forward`` stays the same, and rules see the weight that it computes with.
+    """
+    kind = type(module)
+    if parametrize.is_parametrized(module) and len(kind.__bases__) == 1:
+        original: type[nn.Module] = kind.__bases__[0]
+        if kind.forward is original.forward:
+            return original
+    return kind
 
 
 class _Root(nn.Module):
@@ -105,9 +122,11 @@ def _trace(root: _Root) -> fx.Graph:
 def _example(input_shape: Sequence[int]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     try:
-        return torch.randn(_BATCH, *input_shape, generator=generator, dtype=torch.float64)
+        samples = torch.randn(_BATCH, *input_shape, generator=generator, dtype=torch.float64)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"expected input_shape as sizes, got {input_shape}") from error
+    scales = torch.tensor(_SCALES, dtype=torch.float64)
+    return samples * scales.reshape(-1, *[1] * len(input_shape))
 
 
 def refuse_what_tracing_misses(model: nn.Module) -> None:
@@ -136,8 +155,8 @@ def refuse_what_tracing_misses(model: nn.Module) -> None:
 
 def _check_against_module(
     root: _Root, graph: fx.Graph, example: Tensor
-) -> dict[fx.Node, tuple[int, ...]]:
-    """Run the graph beside the module; return the shape of each tensor in it."""
+) -> dict[fx.Node, list[tuple[int, ...]]]:
+    """Run the graph beside the module; return the shapes of the tensors at each node."""
     for name, module in root.model.named_modules():
         if module.training:
             raise UnsupportedModel(f"module {name or _ROOT!r} is in training mode despite eval()")
@@ -148,10 +167,9 @@ def _check_against_module(
     own += checker.constants()
     before = [(tensor._version, tensor.clone()) for tensor in own]
     with torch.no_grad():
-        for scale in _SCALES:
-            expected = _call(root, example * scale)
-            _compare(checker.check(example * scale), expected)
-        alone = [_call(root, example[i : i + 1].clone()) for i in range(_BATCH)]
+        expected = _call(root, example.clone())
+        _compare(checker.check(example.clone()), expected)
+        alone = [_call(root, sample.clone()) for sample in example.split(1)]
     if len(expected.shape) == 0 or not all(map(_agree, alone, expected.split(1))):
         raise UnsupportedModel("a sample's result depends on the other samples of its batch")
     for tensor, (version, value) in zip(own, before, strict=True):
@@ -203,7 +221,7 @@ class _Checker(fx.Interpreter):
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, graph=graph)
         self.extra_traceback = False
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.shapes: dict[fx.Node, list[tuple[int, ...]]] = {}
         self._versions: dict[fx.Node, list[int]] = {}
 
     def constants(self) -> list[Tensor]:
@@ -229,8 +247,7 @@ class _Checker(fx.Interpreter):
                 )
         result = super().run_node(n)
         self._versions[n] = _versions(result)
-        if isinstance(result, Tensor):
-            self.shapes[n] = tuple(result.shape)
+        self.shapes[n] = [tuple(getattr(leaf, "shape", ())) for leaf in pytree.tree_leaves(result)]
         return result
 
 
@@ -245,22 +262,17 @@ class _Walker(fx.Interpreter):
         self,
         model: nn.Module,
         graph: fx.Graph,
-        shapes: dict[fx.Node, tuple[int, ...]],
+        shapes: dict[fx.Node, list[tuple[int, ...]]],
         device: torch.device,
     ) -> None:
         super().__init__(model, graph=graph)
         self.extra_traceback = False
         self._known_shapes = shapes
-        self._one = torch.ones((), dtype=torch.float64, device=device)
-
-    def walk(self, norms: Norms) -> Any:
-        """Run the graph on a signal of Lipschitz constant 1."""
-        self._norms = norms
-        return self.run(None)
+        self._device = device
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "placeholder":
-            return Signal(self._known_shapes[n], self._one, self._norms)
+            return Signal(self._known_shapes[n][0], Input(self._device), name=n.name)
         if n.op in ("get_attr", "output"):
             return super().run_node(n)
         if not any(_holds_signal(self.env[used]) for used in n.all_input_nodes):
@@ -272,18 +284,30 @@ class _Walker(fx.Interpreter):
             raise UnsupportedModel(f"node {_label(n)}: {refusal}") from None
         except TypeError as error:  # arguments that the rule does not provide for
             raise UnsupportedModel(f"node {_label(n)}: {error}") from error
+        leaves, structure = pytree.tree_flatten(result)
+        if not any(isinstance(leaf, Signal) for leaf in leaves):
+            return result
+        shapes = self._known_shapes[n]
+        if len(shapes) != len(leaves):
+            raise UnsupportedModel(f"node {_label(n)}: its rule returns {len(leaves)} results")
+        named = [self._shaped(n, *pair) for pair in zip(leaves, shapes, strict=True)]
+        return pytree.tree_unflatten(named, structure)
+
+    def _shaped(self, n: fx.Node, result: Any, shape: tuple[int, ...]) -> Any:
         if not isinstance(result, Signal):
             return result
-        shape = self._known_shapes.get(n, ())
         if not shape or shape[0] != _BATCH:
             raise UnsupportedModel(f"node {_label(n)}: the result loses the batch axis")
-        return result if result.shape == shape else replace(result, shape=shape)
+        if result.name and result.shape == shape:
+            return result  # the rule gave back what it got
+        return result.of_shape(shape, _label(n).strip("'"))
 
     def _rule(self, n: fx.Node) -> Callable[..., Any]:
         if n.op == "call_module":
             module = self.submodules[str(n.target)]
-            key: object = type(module)
-            name = f"{type(module).__module__}.{type(module).__qualname__}"
+            kind = _kind(module)
+            key: object = kind
+            name = f"{kind.__module__}.{kind.__qualname__}"
             if key in RULES:
                 rule = RULES[key]
                 return lambda *args, **kwargs: rule(module, *args, **kwargs)
@@ -292,6 +316,8 @@ class _Walker(fx.Interpreter):
             name = f"tensor method {n.target!r}" if n.op == "call_method" else _name_of(n.target)
             if key in RULES:
                 return RULES[key]
+        if key in REFUSALS:
+            raise UnsupportedModel(f"{name}: {REFUSALS[key]}")
         raise UnsupportedModel(
             f"no Lipschitz rule for {name}; register one with @certify.lipschitz_rule"
         )

@@ -2,61 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from certify.bounding import Bounding, Norms, merged
 from certify.graph import LipschitzGraph
 from certify.operators import Convolution, Matrix, Operator
-from certify.signal import Norms, Signal, UnsupportedModel
+from certify.signal import Affine, Signal, UnsupportedModel
 from ff_bounds import PowerIterationPenalty, conv2d_bound, supremum_bounds
-from ff_bounds.rounding import product_bound, round_up
+from ff_bounds.rounding import round_up
 
 
-def proven_norms(method: str, expected: Sequence[Operator] = ()) -> Norms:
-    """Measure operators by their proven bounds, convolutions by this ``method``.
+def check_method(method: str) -> None:
+    """Refuse an unknown name of a bound, with a ``ValueError`` that lists the known ones."""
+    conv2d_bound(torch.ones(1, 1, 1, 1), method=method)
+
+
+def proven_norms(operators: Sequence[Operator], method: str) -> Norms:
+    """Prove bounds of the norms of all operators.
 
     Args:
-        method: as in `ff_bounds.conv2d_bound`.
-        expected: what will be measured, as `collect_operators` returns it. With ``"supremum"`` the
-            kernels of equal shape among them are searched together, at once; an operator that
-            turns out to be another is measured by itself.
+        operators: what will be measured.
+        method: how convolutions are bounded, see `ff_bounds.conv_bound`. With ``"supremum"``
+            kernels of equal shape are searched together.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or NaN or infinite weights.
     """
-    conv2d_bound(torch.ones(1, 1, 1, 1), method=method)  # also where there is no convolution
-    searched = method == "supremum"
-    convolutions = [o for o in expected if searched and isinstance(o, Convolution)]
-    kernels = [convolution.exact_kernel() for convolution in convolutions]
-    known = list(zip(kernels, supremum_bounds(kernels), strict=True))
-
-    def measure(operator: Operator) -> Tensor:
-        if known and isinstance(operator, Convolution):
-            kernel = operator.exact_kernel()
-            for index, (candidate, bound) in enumerate(known):
-                if kernel.shape == candidate.shape and torch.equal(kernel, candidate):
-                    del known[index]
-                    return operator.bound(method, lattice=bound)
-        return operator.bound(method)
-
-    return measure
+    check_method(method)
+    searched = [o for o in operators if isinstance(o, Convolution) and o.padding_mode != "circular"]
+    lattice: dict[Operator, Tensor] = {}
+    if method == "supremum":
+        kernels = [operator.exact_kernel() for operator in searched]
+        lattice = dict(zip(searched, supremum_bounds(kernels), strict=True))
+    bounds = {o: o.bound(method, lattice=lattice.get(o)) for o in operators}
+    return bounds.__getitem__
 
 
-def collect_operators(graph: LipschitzGraph) -> list[Operator]:
-    """All operators of a graph, in the order in which a walk measures them."""
-    operators: list[Operator] = []
-
-    def collect(operator: Operator) -> None:
-        operators.append(operator)
-
-    _ = graph.walk(collect).lipschitz  # the last operator is measured only when asked for
-    return operators
-
-
-def margin_lipschitz(logits: Signal) -> Tensor:
+def margin_lipschitz(bounding: Bounding, values: Mapping[Signal, Tensor], norms: Norms) -> Tensor:
     r"""Bounds ``K[i, j]`` of the Lipschitz constants of ``logit_i - logit_j``.
 
     If the last operation is linear with rows ``w_i``, the difference is ``(w_i - w_j)^T features``
@@ -64,17 +50,26 @@ def margin_lipschitz(logits: Signal) -> Tensor:
     ``|(a_i - a_j) - (b_i - b_j)| <= sqrt(2) ||a - b||`` gives ``sqrt(2) Lip(logits)``.
 
     Args:
-        logits: output of the walk, of shape ``(batch, classes)``.
+        bounding: of the logits, of shape ``(batch, classes)``.
+        values: its bounds.
+        norms: what they were measured by.
 
     Returns:
         ``(classes, classes)`` float64, symmetric, zero on the diagonal.
     """
-    if isinstance(logits.operator, Matrix):
-        return product_bound(logits.source, logits.operator.row_difference_bound())
-    classes = logits.shape[1]
-    lipschitz = round_up(logits.lipschitz * 2.0**0.5, 2)
+    step = bounding.output.step
+    if isinstance(step, Affine) and isinstance(step.operator, Matrix):
+        return bounding.last(values, norms, _row_differences)
+    lipschitz = values[bounding.output]
+    classes = bounding.output.shape[1]
+    lipschitz = round_up(lipschitz * 2.0**0.5, 2)
     same = torch.eye(classes, dtype=torch.bool, device=lipschitz.device)
     return torch.where(same, 0.0, lipschitz)
+
+
+def _row_differences(operator: Operator) -> Tensor:
+    assert isinstance(operator, Matrix)
+    return operator.row_difference_bound()
 
 
 @dataclass(frozen=True)
@@ -86,23 +81,24 @@ class NetworkEstimate:
     """
 
     layers: Tensor
-    _logits: Callable[[], Signal]
+    _bounding: Bounding
+    _norms: Norms
 
     def lipschitz(self) -> Tensor:
         """Estimate the Lipschitz constant of the network."""
-        return self._logits().lipschitz
+        return self._bounding.evaluate(self._norms)[self._bounding.output]
 
     def margin_lipschitz(self) -> Tensor:
         """Estimate `margin_lipschitz`."""
-        return margin_lipschitz(self._logits())
+        values = self._bounding.evaluate(self._norms)
+        return margin_lipschitz(self._bounding, values, self._norms)
 
 
 class NetworkEstimator(nn.Module):
     """Follow the norms of a network through training, one power iteration a call.
 
     The rules are the same as for certificates; only the norm of each operator is replaced by the
-    estimate of `ff_bounds.PowerIterationPenalty`. A first walk collects the operators, all norms
-    are estimated together, and a second walk, made only where it is asked for, combines them.
+    estimate of `ff_bounds.PowerIterationPenalty`.
 
     Args:
         model: the module being trained; its current parameters are used at each call.
@@ -117,7 +113,8 @@ class NetworkEstimator(nn.Module):
         super().__init__()
         self._graph = LipschitzGraph(model, input_shape)
         with torch.no_grad():
-            shapes = [tuple(operator.kernel().shape) for operator in self._operators()]
+            operators = weighted(self._bounding().operators())
+            shapes = [tuple(operator.kernel().shape) for operator in operators]
         if not shapes:
             raise UnsupportedModel("no convolution or linear layer to estimate the norm of")
         self._penalty = PowerIterationPenalty(shapes, seed).to(self._graph.device)
@@ -128,18 +125,28 @@ class NetworkEstimator(nn.Module):
         Args:
             iterations: steps of power iteration; more than one only before the first update.
         """
-        operators = self._operators()
-        norms = self._penalty([operator.kernel() for operator in operators], iterations)
-        gains = [operator.gain() for operator in operators]
-        if any(gain != 1.0 for gain in gains):
-            norms = norms * torch.tensor(gains, dtype=norms.dtype, device=norms.device)
+        bounding = self._bounding()
+        operators = weighted(bounding.operators())
+        norms = estimated_norms(self._penalty, operators, iterations)
+        known = dict(zip(operators, norms.to(torch.float64), strict=True))
+        # A layer that is used twice is one operator a use.
+        return NetworkEstimate(norms, bounding, known.__getitem__)
 
-        def logits() -> Signal:
-            remaining = iter(norms.to(torch.float64))
-            return self._graph.walk(lambda operator: next(remaining))
+    def _bounding(self) -> Bounding:
+        return Bounding(merged(self._graph.walk()))
 
-        return NetworkEstimate(norms, logits)
 
-    def _operators(self) -> list[Operator]:
-        """All operators, in the order in which a walk measures them."""
-        return collect_operators(self._graph)
+def estimated_norms(
+    penalty: PowerIterationPenalty, operators: Sequence[Matrix | Convolution], iterations: int
+) -> Tensor:
+    """Estimate the norms ``(operators,)`` of these operators by steps of power iteration."""
+    norms = penalty([operator.kernel() for operator in operators], iterations)
+    gains = [operator.gain() for operator in operators]
+    if any(gain != 1.0 for gain in gains):
+        norms = norms * torch.tensor(gains, dtype=norms.dtype, device=norms.device)
+    return norms
+
+
+def weighted(operators: Sequence[Operator]) -> list[Matrix | Convolution]:
+    """Return those operators that have a norm to be measured."""
+    return [o for o in operators if isinstance(o, (Matrix, Convolution))]

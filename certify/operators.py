@@ -1,44 +1,147 @@
-"""The affine maps of a network, in the form in which ff_bounds measures them."""
+"""The affine maps of a network, in the form in which ff_bounds measures them.
+
+An operator is a map without its offset. Its weight may carry factors per output and per input
+channel that stem from floating-point computations, and an absolute error; both are paid for in
+`bound`, which is about the map in exact arithmetic.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ff_bounds import conv2d_bound, spectral_norm_bound, unit_stride_kernel
+from ff_bounds import conv_bound, lattice_bound, spectral_norm_bound, unit_stride_kernel
 from ff_bounds.padding import padded_bound, padding_effect
-from ff_bounds.rounding import gamma, product_bound, round_up, scale_by_power_of_two, sum_bound
+from ff_bounds.rounding import (
+    SMALLEST_NORMAL,
+    gamma,
+    product_bound,
+    round_up,
+    scale_by_power_of_two,
+    sum_bound,
+)
+
+_LARGEST_FACTOR = 2.0**100
+_MOST_MERGES = 4
+_UNDERFLOW = 2.0**-600
+"""Absolute error of a factor: that of one is ``2**-1022``, times at most four of ``2**100``."""
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """Rows of ``weight`` scaled by ``scale``, applied to the last axis.
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """Each channel (axis 1) times a factor.
 
     Attributes:
-        weight: ``(m, n)``.
-        scale: ``(m,)`` float64 or ``None`` for ones.
-        roundings: relative rounding errors behind an entry of ``scale``.
+        factors: ``(c,)`` float64, or one for all channels.
+        roundings: relative rounding errors behind a factor; it may also have underflowed.
+    """
+
+    factors: Tensor
+    roundings: int
+
+    def bound(self, method: str = "", lattice: Tensor | None = None) -> Tensor:
+        """Proven upper bound of the norm: the largest factor."""
+        largest = round_up(self.factors.abs().amax(), self.roundings)
+        return largest.clamp_min(SMALLEST_NORMAL) if self.roundings else largest
+
+
+@dataclass(frozen=True, eq=False)
+class _Weighted:
+    """A weight with factors.
+
+    Attributes:
+        weight: rows are outputs, or inputs where the operator is the adjoint of a convolution.
+        rows: factors of the rows, float64, or ``None`` for ones.
+        columns: factors of the columns.
+        roundings: relative rounding errors behind a product of two factors.
+        merges: how often factors were merged.
+        error: norm of what the weight itself is off by, or ``None`` for nothing.
     """
 
     weight: Tensor
-    scale: Tensor | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
     roundings: int = 0
+    merges: int = 0
+    error: Tensor | None = None
 
-    def scale_outputs(self, factors: Tensor, roundings: int) -> Matrix:
-        """Multiply output ``i`` by ``factors[i]``, itself computed with so many roundings."""
-        # One more for the product with the weight.
-        return replace(self, scale=factors, roundings=self.roundings + roundings + 1)
+    def norm_error(self) -> Tensor:
+        r"""Bound of the norm of the exact map less that of `effective_weight`, both float64.
+
+        An entry of the computed weight ``W`` is off by ``gamma_k`` relative, with two more for the
+        products, and by what underflowed. Split by taps, that error has norm at most
+        ``sum_t gamma_k ||W_t||_F``, whatever the frequency. Rows and columns that are scaled
+        scale the ``error`` by their largest factors.
+        """
+        largest = self.weight.detach().abs().amax().to(torch.float64)
+        total = torch.zeros_like(largest)
+        if self.roundings:
+            weight = self.effective_weight().detach().to(torch.float64)
+            taps = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
+            norms = torch.linalg.vector_norm(taps, dim=(0, 1)).sum()
+            unit = max(torch.finfo(self.effective_weight().dtype).eps, 2.0**-52) * 2.0**52
+            total = round_up(norms, weight.numel() + 9) * (2.1 * gamma(self.roundings + 2) * unit)
+            sizes = [1.0 + largest]
+            sizes += [1.0 + f.abs().amax() for f in (self.rows, self.columns) if f is not None]
+            total = total + math.prod(sizes[1:], start=sizes[0]) * (weight.numel() * _UNDERFLOW)
+        if self.error is not None:
+            scaled = self.error
+            for factors in (self.rows, self.columns):
+                if factors is not None:
+                    scaled = product_bound(scaled, round_up(factors.abs().amax(), self.roundings))
+            total = sum_bound(total, scaled)
+        return total
 
     def effective_weight(self) -> Tensor:
-        """``(m, n)``: float64 where rows are scaled, else the stored weight."""
-        return _scaled(_exact(self.weight, self.scale), self.scale)
+        """Weight with its factors, in the weight's own dtype."""
+        raise NotImplementedError
+
+
+_Any = TypeVar("_Any", bound="_Weighted")
+
+
+def scaled(operator: _Any, rows: Tensor | None, columns: Tensor | None, roundings: int) -> _Any:
+    """Multiply rows and columns of the weight by factors with so many roundings behind them."""
+    return replace(
+        operator,
+        rows=_product(operator.rows, rows),
+        columns=_product(operator.columns, columns),
+        roundings=operator.roundings + roundings + 1,
+        merges=operator.merges + 1,
+    )
+
+
+def _product(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if old is None or new is None:
+        return old if new is None else new
+    return old * new
+
+
+def may_scale(operator: _Weighted, factors: Tensor) -> bool:
+    """Whether `scaled` may be used: underflow stays within what is paid for."""
+    return operator.merges < _MOST_MERGES and bool(factors.detach().abs().amax() < _LARGEST_FACTOR)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix(_Weighted):
+    """``weight (m, n)``, with its factors, applied to the last axis."""
+
+    def effective_weight(self) -> Tensor:
+        """``(m, n)``, in the weight's own dtype."""
+        weight = self.weight
+        if self.rows is not None:
+            weight = weight * self.rows.to(weight.dtype)[:, None]
+        if self.columns is not None:
+            weight = weight * self.columns.to(weight.dtype)
+        return weight
 
     def kernel(self) -> Tensor:
         """The matrix as a kernel ``(1, m, n, 1, 1)``, for `ff_bounds.PowerIterationPenalty`."""
-        return _scaled(self.weight, self.scale)[None, :, :, None, None]
+        return self.effective_weight()[None, :, :, None, None]
 
     def gain(self) -> float:
         """Factor between the norms of the kernel and of the map."""
@@ -47,14 +150,14 @@ class Matrix:
     def bound(self, method: str, lattice: Tensor | None = None) -> Tensor:
         """Proven upper bound of the norm; the arguments are those of `Convolution.bound`."""
         bound = spectral_norm_bound(self.effective_weight())
-        return _pay_for_scaling(self, bound, self.weight.shape[0])
+        return sum_bound(bound, self.norm_error())
 
     def row_difference_bound(self) -> Tensor:
         r"""Proven upper bounds ``(m, m)`` of ``||w_i - w_j||``, zero on the diagonal.
 
         Differences and norms are taken in float64; the sum of ``n`` squares under a root carries
-        fewer than ``n + 4`` roundings. With scaled rows, ``|w_i - w_j|`` is only known up to the
-        rounding of both scales, so ``gamma_k (||w_i|| + ||w_j||)`` is added, and `_underflow`.
+        fewer than ``n + 4`` roundings. An error of norm ``e`` in the matrix moves a difference of
+        two rows by at most ``sqrt(2) e``.
         """
         weight = self.effective_weight().to(torch.float64)
         rows, columns = weight.shape
@@ -63,78 +166,90 @@ class Matrix:
         exponent = torch.frexp(weight.detach().abs().amax()).exponent
         weight = scale_by_power_of_two(weight, -exponent)
         distance = torch.stack([_row_norms(weight - row) for row in weight]) + columns * 2.0**-500
-        if self.roundings:
-            norms = _row_norms(weight)
-            distance = distance + 2.0 * gamma(self.roundings) * (norms[:, None] + norms[None, :])
         distance = round_up(distance, columns + 8)
         others = 1.0 - torch.eye(rows, dtype=distance.dtype, device=distance.device)
         unit = scale_by_power_of_two(torch.ones_like(distance), exponent)
-        return sum_bound(product_bound(distance * others, unit), _underflow(self) * others)
+        return sum_bound(product_bound(distance * others, unit), 1.5 * self.norm_error() * others)
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """A 2-D convolution layer without its bias, each output channel scaled by ``scale``.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Convolution(_Weighted):
+    """A convolution layer with one to three spatial axes, or the adjoint of one.
 
     Attributes:
-        weight: ``(c_out, c_in // groups, h, w)``.
-        stride, padding, dilation, groups, padding_mode: as in ``torch.nn.Conv2d``.
-        input_size: ``(height, width)``.
-        scale: ``(c_out,)`` float64 or ``None`` for ones.
-        roundings: relative rounding errors behind an entry of ``scale``.
+        weight: ``(c_out, c_in // groups, *taps)``; of an adjoint, that of the convolution whose
+            adjoint it is, so that its rows are inputs.
+        stride, padding, dilation: one number for each spatial axis; padding may be a string.
+        groups, padding_mode: as in ``torch.nn.Conv2d``.
+        input_size: one number for each spatial axis; ``None`` where zero padding is only an offset
+            on the infinite lattice.
+        adjoint: whether this is the transposed convolution.
     """
 
-    weight: Tensor
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
-    groups: int
-    padding_mode: str
-    input_size: tuple[int, int]
-    scale: Tensor | None = None
-    roundings: int = 0
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int = 1
+    padding_mode: str = "zeros"
+    input_size: tuple[int, ...] | None = None
+    adjoint: bool = False
 
-    def scale_outputs(self, factors: Tensor, roundings: int) -> Convolution:
-        """Multiply channel ``i`` by ``factors[i]``, itself computed with so many roundings."""
-        # One more for the product with the weight.
-        return replace(self, scale=factors, roundings=self.roundings + roundings + 1)
+    @property
+    def outputs(self) -> int:
+        """Number of output channels."""
+        return self.weight.shape[1] * self.groups if self.adjoint else self.weight.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Number of input channels."""
+        return self.weight.shape[0] if self.adjoint else self.weight.shape[1] * self.groups
 
     def effective_weight(self) -> Tensor:
-        """``(c_out, c_in // groups, h, w)``: float64 where scaled, else the stored weight."""
-        return _scaled(_exact(self.weight, self.scale), self.scale)
+        """Same shape as ``weight``, in its own dtype."""
+        weight = self.weight
+        spatial = (1,) * (weight.ndim - 2)
+        if self.rows is not None:
+            weight = weight * self.rows.to(weight.dtype).reshape(-1, 1, *spatial)
+        if self.columns is not None:
+            grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
+            factors = self.columns.to(weight.dtype).expand(self.groups * weight.shape[1])
+            weight = (grouped * factors.reshape(self.groups, 1, -1, *spatial)).flatten(0, 1)
+        return weight
 
     def kernel(self) -> Tensor:
-        """The unit-stride kernel whose norm, times `gain`, is that of the layer."""
+        """The unit-stride kernel whose norm, times `gain`, is that of the layer.
+
+        Always with two spatial axes, for `ff_bounds.PowerIterationPenalty`: one is added to a
+        kernel with one, and the first two of three are read as one, which leaves four of its
+        eight unfoldings.
+        """
+        kernel = self.exact_kernel()
+        return kernel[..., None] if kernel.ndim == 4 else kernel.flatten(3, kernel.ndim - 2)
+
+    def exact_kernel(self) -> Tensor:
+        """The unit-stride kernel ``(groups, m, n, *taps)`` that `bound` is about."""
         stride, _ = self._padding_effect()
         return unit_stride_kernel(
-            _scaled(self.weight, self.scale),
-            stride=stride,
-            dilation=self.dilation,
-            groups=self.groups,
+            self.effective_weight(), stride=stride, dilation=self.dilation, groups=self.groups
         )
 
     def gain(self) -> float:
         """Factor that padding by copies of the input can add."""
         return math.sqrt(self._padding_effect()[1])
 
-    def exact_kernel(self) -> Tensor:
-        """As `kernel`, float64 where scaled: what `bound` is about."""
-        stride, _ = self._padding_effect()
-        return unit_stride_kernel(
-            self.effective_weight(), stride=stride, dilation=self.dilation, groups=self.groups
-        )
-
     def bound(self, method: str, lattice: Tensor | None = None) -> Tensor:
         """Proven upper bound of the norm of the layer's Jacobian.
 
         Args:
-            method: as in `ff_bounds.conv2d_bound`.
+            method: as in `ff_bounds.conv_bound`.
             lattice: a proven bound of the norm of `exact_kernel` on the infinite lattice, if there
                 is one already.
         """
-        if lattice is None:
-            bound = conv2d_bound(
-                self.effective_weight(),
+        stride, repeats = self._padding_effect()
+        weight = self.effective_weight()
+        if lattice is None and self.padding_mode == "circular":
+            bound = conv_bound(
+                weight,
                 stride=self.stride,
                 padding=self.padding,
                 dilation=self.dilation,
@@ -144,13 +259,23 @@ class Convolution:
                 method=method,
             )
         else:
-            bound = padded_bound(lattice, self._padding_effect()[1])
-        c_out, _, height, width = self.weight.shape
-        return _pay_for_scaling(self, bound, c_out * height * width)
+            if lattice is None:
+                lattice = lattice_bound(
+                    weight,
+                    stride=stride,
+                    dilation=self.dilation,
+                    groups=self.groups,
+                    method=method,
+                    tol=1e-3,
+                )
+            bound = padded_bound(lattice, repeats)
+        return sum_bound(bound, padded_bound(self.norm_error(), repeats))
 
     def _padding_effect(self) -> tuple[tuple[int, ...], int]:
+        if self.adjoint or self.input_size is None:
+            return self.stride, 1
         return padding_effect(
-            (self.weight.shape[2], self.weight.shape[3]),
+            tuple(self.weight.shape[2:]),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
@@ -159,46 +284,7 @@ class Convolution:
         )
 
 
-Operator = Matrix | Convolution
-
-
-def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """Scale the first axis of ``weight``, in its own dtype."""
-    if scale is None:
-        return weight
-    return weight * scale.to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1))
-
-
-def _exact(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """Return the weight as float64 if it is about to be scaled."""
-    return weight if scale is None else weight.to(torch.float64)
-
-
-def _pay_for_scaling(operator: Operator, bound: Tensor, size: int) -> Tensor:
-    r"""Raise the bound of a computed scaled weight to one of the exact scaled weight.
-
-    Each entry of the computed weight ``W`` is off by at most ``gamma_k`` relative. That error is a
-    kernel ``E`` with ``||E(w)|| <= sqrt(h w) ||E||_F <= sqrt(h w) gamma_k ||W||_F``, and
-    ``||W||_F <= sqrt(c_out) ||T|| <= sqrt(c_out) sigma*``. With ``size = c_out h w`` the exact
-    norm is thus at most ``bound (1 + gamma_k sqrt(size))``, plus what underflowed.
-    """
-    if operator.roundings == 0:
-        return bound
-    factor = 1.0 + 2.0 * gamma(operator.roundings) * math.sqrt(size)
-    raised = product_bound(bound, torch.tensor(factor, dtype=bound.dtype, device=bound.device))
-    return sum_bound(raised, _underflow(operator))
-
-
-def _underflow(operator: Operator) -> Tensor:
-    """Bound of what underflow in the scale, and in its product with the weight, can take away.
-
-    Each of the two is off by ``2**-1022`` at most, hence each entry of the weight by that much
-    times ``1 + max |weight|``; the number of entries bounds all sums over them.
-    """
-    largest = operator.weight.detach().abs().amax().to(torch.float64)
-    if operator.scale is None:
-        return torch.zeros_like(largest)
-    return (1.0 + largest) * (operator.weight.numel() * 2.0**-1000)
+Operator = Matrix | Convolution | Scale
 
 
 def _row_norms(matrix: Tensor) -> Tensor:

@@ -1,65 +1,131 @@
-"""What flows through the graph walk: a shape and a Lipschitz bound."""
+"""What flows through the graph walk: how each tensor of a network arises from the input.
+
+A `Signal` is a node of a graph of *steps*. A rule appends a step that is at least as large as the
+operation it is about; nothing is multiplied yet. What the steps amount to is worked out later
+(`certify.bounding`), where neighbours can be seen together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from certify.operators import Operator
-from ff_bounds.rounding import product_bound
-
-Norms = Callable[[Operator], Tensor | None]
-"""How the norm of an operator is measured: proven, or estimated in training (`certify.norms`).
-
-``None`` stands for 1, and saves the arithmetic while operators are only being collected.
-"""
 
 
 class UnsupportedModel(Exception):  # noqa: N818 - the name says what is wrong, not that it is
     """The model cannot be certified; the message names the node, the reason and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Input:
+    """The network's input, and where its bounds are computed."""
+
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """``A x`` plus a constant."""
+
+    operator: Operator
+
+
+@dataclass(frozen=True, eq=False)
+class Slopes:
+    """A function of each entry by itself whose difference quotients lie in ``[low, high]``."""
+
+    low: float
+    high: float
+
+    @property
+    def steepest(self) -> float:
+        """Lipschitz constant."""
+        return max(abs(self.low), abs(self.high))
+
+
+@dataclass(frozen=True, eq=False)
+class Lipschitz:
+    """Any map with this Lipschitz constant, L2 to L2.
+
+    Attributes:
+        constant: proven upper bound.
+        channelwise: whether scaling the channels (axis 1) of its input by any positive factors
+            scales those of its output by the same.
+    """
+
+    constant: float | Tensor = 1.0
+    channelwise: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Flatten:
+    """``(N, C, ...)`` to ``(N, C * ...)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """The sum of all parents."""
+
+
+@dataclass(frozen=True, eq=False)
+class Concatenation:
+    """All parents side by side.
+
+    Attributes:
+        channels: whether they are joined along the channels (axis 1).
+    """
+
+    channels: bool = False
+
+
+Step = Input | Affine | Slopes | Lipschitz | Flatten | Sum | Concatenation
+
+
+@dataclass(frozen=True, eq=False)
 class Signal:
-    """A tensor of the network, seen as a function of the network's input.
+    """A tensor of the network, seen as a function of the network's input, for one sample.
 
     Attributes:
         shape: its shape, the batch first.
-        source: float64 scalar; Lipschitz bound (L2 to L2, per sample) of the input of ``operator``.
-        norms: measures operators.
-        operator: the affine map that was applied last, kept unmeasured so that what follows can
-            be merged into it; ``None`` for none.
+        step: how it arises from its parents.
+        parents: the signals that it arises from.
+        name: the node of the network's graph, for reports.
     """
 
     shape: tuple[int, ...]
-    source: Tensor
-    norms: Norms
-    operator: Operator | None = None
-
-    @cached_property
-    def lipschitz(self) -> Tensor:
-        """Lipschitz bound of the map from the network's input to this tensor."""
-        if self.operator is None:
-            return self.source
-        norm = self.norms(self.operator)
-        return self.source if norm is None else product_bound(self.source, norm)
+    step: Step
+    parents: tuple[Signal, ...] = ()
+    name: str = ""
 
     def through(self, operator: Operator) -> Signal:
         """Apply an affine map."""
-        return Signal(self.shape, self.lipschitz, self.norms, operator)
+        return Signal(self.shape, Affine(operator), (self,))
 
-    def replacing_operator(self, operator: Operator) -> Signal:
-        """Put ``operator`` (the last operator and what followed it, in one) in its place."""
-        return replace(self, operator=operator)
+    def elementwise(self, low: float, high: float) -> Signal:
+        """Apply a function of each entry with difference quotients in ``[low, high]``."""
+        if not -math.inf < low <= high < math.inf:
+            raise UnsupportedModel(f"slopes between {low} and {high} are not bounded")
+        return Signal(self.shape, Slopes(low, high), (self,))
 
-    def scaled(self, lipschitz: float | Tensor = 1.0) -> Signal:
-        """Apply a map with this Lipschitz bound."""
-        bound = self.lipschitz
-        if not (isinstance(lipschitz, float) and lipschitz == 1.0):
-            factor = torch.as_tensor(lipschitz, dtype=bound.dtype, device=bound.device)
-            bound = product_bound(bound, factor)
-        return Signal(self.shape, bound, self.norms)
+    def scaled(self, lipschitz: float | Tensor = 1.0, *, channelwise: bool = False) -> Signal:
+        """Apply a map with this Lipschitz constant; see `Lipschitz`."""
+        return Signal(self.shape, Lipschitz(lipschitz, channelwise), (self,))
+
+    def of_shape(self, shape: Sequence[int], name: str = "") -> Signal:
+        """Return the same signal with its shape, which rules leave to the walker."""
+        return replace(self, shape=tuple(shape), name=name or self.name)
+
+
+def total(signals: Sequence[Signal]) -> Signal:
+    """Add signals of equal shape."""
+    return Signal(signals[0].shape, Sum(), tuple(signals))
+
+
+def side_by_side(signals: Sequence[Signal], *, channels: bool = False) -> Signal:
+    """Put signals beside each other; see `Concatenation`."""
+    return Signal(signals[0].shape, Concatenation(channels), tuple(signals))

@@ -6,7 +6,13 @@ the exact norm of the stored weights, floating-point rounding included. What car
 """
 
 from ff_bounds.circular import circular_bound, circular_bracket
-from ff_bounds.conv import conv1d_bound, conv2d_bound, conv3d_bound
+from ff_bounds.conv import (
+    conv1d_bound,
+    conv2d_bound,
+    conv3d_bound,
+    conv_bound,
+    lattice_bound,
+)
 from ff_bounds.conv_transpose import (
     conv_transpose1d_bound,
     conv_transpose2d_bound,
@@ -47,6 +53,7 @@ __all__ = [
     "conv2d_bound",
     "conv2d_matrix",
     "conv3d_bound",
+    "conv_bound",
     "conv_matrix",
     "conv_transpose1d_bound",
     "conv_transpose2d_bound",
@@ -57,6 +64,7 @@ __all__ = [
     "gram_iteration_bound",
     "gram_iteration_circular_bound",
     "gram_iteration_supremum_bound",
+    "lattice_bound",
     "spectral_norm",
     "spectral_norm_bound",
     "supremum_bound",

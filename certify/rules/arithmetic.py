@@ -1,0 +1,144 @@
+"""Sums of signals, and arithmetic with constants."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from certify.operators import Matrix, Scale
+from certify.rules.registry import lipschitz_rule
+from certify.signal import Signal, UnsupportedModel, side_by_side, total
+
+
+@lipschitz_rule(operator.add, operator.iadd, torch.add, "add", "add_")
+def add(x: Any, y: Any, *, alpha: float = 1) -> Signal:
+    """``Lip(f + g) <= Lip f + Lip g``; a constant changes nothing."""
+    refuse_repetition(x, y)
+    if not isinstance(y, Signal):
+        return signal_of(x)
+    if alpha != 1:
+        y = multiply(y, alpha)
+    return total([x, y]) if isinstance(x, Signal) else y
+
+
+@lipschitz_rule(
+    operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract", "subtract_"
+)
+def subtract(x: Any, y: Any, *, alpha: float = 1) -> Signal:
+    """As `add`, of ``-y``."""
+    return add(x, y, alpha=-alpha)
+
+
+@lipschitz_rule(torch.rsub, "__rsub__")
+def subtract_from(x: Any, y: Any, *, alpha: float = 1) -> Signal:
+    """``y - alpha x``."""
+    return add(y, x, alpha=-alpha)
+
+
+@lipschitz_rule(operator.neg, torch.neg, torch.negative, "neg", "neg_", "negative")
+def negate(x: Signal) -> Signal:
+    """Times -1."""
+    return multiply(x, -1)
+
+
+@lipschitz_rule(
+    operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"
+)
+def multiply(x: Any, y: Any) -> Signal:
+    """By a constant: the largest of its entries. A product of two signals has no constant."""
+    if isinstance(x, Signal) and isinstance(y, Signal):
+        raise UnsupportedModel(
+            "a product of two tensors that depend on the input is not Lipschitz: its slope grows "
+            "with its factors"
+        )
+    refuse_repetition(x, y)
+    signal, factors = (x, y) if isinstance(x, Signal) else (signal_of(y), x)
+    return _times(signal, factors, roundings=0)
+
+
+@lipschitz_rule(
+    operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide,
+    "div", "div_", "divide", "true_divide",
+)  # fmt: skip
+def divide(x: Any, y: Any, *, rounding_mode: None = None) -> Signal:
+    """By a constant."""
+    if rounding_mode is not None:
+        raise UnsupportedModel(f"division with rounding_mode={rounding_mode!r} is not continuous")
+    if isinstance(y, Signal):
+        raise UnsupportedModel("division by a tensor that depends on the input is not Lipschitz")
+    refuse_repetition(x, y)
+    divisor = torch.as_tensor(y, dtype=torch.float64)
+    return _times(x, divisor.reciprocal(), roundings=1)
+
+
+def _times(x: Signal, factors: Any, roundings: int) -> Signal:
+    """Multiply by constants; by channel where all other axes have one entry."""
+    constant = torch.as_tensor(factors)
+    if not constant.is_floating_point():
+        constant = constant.to(torch.float64)
+    if not bool(constant.detach().isfinite().all()):
+        raise UnsupportedModel("a factor that is infinite or NaN")
+    constant = constant.to(torch.float64)
+    aligned = (1,) * (len(x.shape) - constant.ndim) + tuple(constant.shape)
+    channels = aligned[1] if len(aligned) > 1 else 1
+    if math.prod(aligned) == channels:
+        return x.through(Scale(constant.flatten(), roundings))
+    largest = Scale(constant.flatten(), roundings).bound()
+    return x.scaled(largest, channelwise=True)
+
+
+@lipschitz_rule(torch.maximum, torch.minimum, torch.fmax, torch.fmin, "maximum", "minimum")
+def larger(x: Any, y: Any) -> Signal:
+    """Entry by entry ``|max(a, b) - max(c, d)| <= ||(a, b) - (c, d)||``; the same for min."""
+    refuse_repetition(x, y)
+    if isinstance(x, Signal) and isinstance(y, Signal):
+        return side_by_side([x, y]).scaled()
+    return signal_of(x if isinstance(x, Signal) else y).elementwise(0.0, 1.0)
+
+
+@lipschitz_rule(torch.matmul, operator.matmul, torch.mm, "matmul", "mm")
+def matrix_product(x: Any, y: Any) -> Signal:
+    """``x W`` with a constant matrix: `certify.rules.affine.linear` with its transpose."""
+    if isinstance(x, Signal) and isinstance(y, Signal):
+        raise UnsupportedModel(
+            "a product of two tensors that depend on the input (as in attention) is not Lipschitz"
+        )
+    if not isinstance(x, Signal) or not isinstance(y, Tensor) or y.ndim != 2:
+        raise UnsupportedModel("a matrix product other than of a tensor and a constant matrix")
+    return x.through(Matrix(y.mT))
+
+
+@lipschitz_rule(torch.addmm)
+def matrix_product_with_offset(
+    input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1
+) -> Signal:
+    """``beta * input + alpha * mat1 mat2``."""
+    if isinstance(input, Signal):
+        raise UnsupportedModel("addmm with an offset that depends on the input")
+    return multiply(matrix_product(mat1, mat2), alpha)
+
+
+def signal_of(x: Any) -> Signal:
+    """Return ``x`` if it depends on the network's input."""
+    if not isinstance(x, Signal):
+        raise UnsupportedModel("expected a tensor that depends on the input")
+    return x
+
+
+def refuse_repetition(x: Any, y: Any) -> None:
+    """Refuse broadcasting that repeats entries of a signal or brings samples together."""
+    shapes = [tuple(getattr(term, "shape", ())) for term in (x, y)]
+    joint = tuple(torch.broadcast_shapes(*shapes))
+    for term, shape in zip((x, y), shapes, strict=True):
+        if isinstance(term, Signal) and shape != joint:
+            raise UnsupportedModel(f"broadcasting {shape} to {joint} repeats entries")
+        if (
+            not isinstance(term, Signal)
+            and len(shape) == len(joint)
+            and shape[:1] not in ((), (1,))
+        ):
+            raise UnsupportedModel("a constant with one entry for each sample of a batch")

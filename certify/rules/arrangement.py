@@ -1,0 +1,307 @@
+"""Operations that move, drop, join or repeat entries."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from certify.rules.registry import by_attributes, lipschitz_rule
+from certify.signal import Flatten, Signal, UnsupportedModel, side_by_side
+from ff_bounds.padding import duplication
+
+
+@lipschitz_rule(
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)  # fmt: skip
+def identity(module: nn.Module, x: Signal) -> Signal:
+    """In evaluation these return their input."""
+    return x
+
+
+@lipschitz_rule(
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.dropout,
+)  # fmt: skip
+def dropout(input: Signal, p: float = 0.5, training: bool = True, inplace: bool = False) -> Signal:
+    """Without ``training`` this returns its input."""
+    if training:
+        raise UnsupportedModel("dropout with training=True is random")
+    return input
+
+
+@lipschitz_rule("contiguous", "clone", "double", torch.clone)
+def unchanged(x: Signal, *, memory_format: Any = None) -> Signal:
+    """The same numbers. (The certified network computes in float64 already.)"""
+    return x
+
+
+@lipschitz_rule(torch.detach, "detach")
+def detach(x: Signal) -> Signal:
+    """The same numbers; that they have no gradient is nothing to a bound."""
+    return x
+
+
+@lipschitz_rule(torch.flatten, "flatten")
+def flatten(x: Signal, start_dim: int = 0, end_dim: int = -1) -> Signal:
+    """A reshape within each sample."""
+    axes = len(x.shape)
+    if start_dim % axes == 0:
+        raise UnsupportedModel(
+            "flattening from dimension 0 mixes the samples of a batch; use start_dim=1"
+        )
+    if start_dim % axes == 1 and end_dim % axes == axes - 1:
+        return Signal(x.shape, Flatten(), (x,))
+    return x.scaled()
+
+
+by_attributes(flatten, nn.Flatten, attributes="start_dim end_dim")
+
+
+@lipschitz_rule(torch.reshape, "reshape", "view")
+def reshape(x: Signal, *shape: Any) -> Signal:
+    """A reshape that keeps the batch axis keeps samples apart (the walker checks that axis)."""
+    if any(isinstance(s, torch.dtype) for s in shape):
+        raise UnsupportedModel("a view as another dtype")
+    sizes = tuple(shape[0]) if shape and isinstance(shape[0], (tuple, list)) else shape
+    if len(sizes) == 2 and len(x.shape) > 2:
+        return Signal(x.shape, Flatten(), (x,))
+    return x.scaled()
+
+
+@lipschitz_rule(nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+def rearrange(module: nn.Module, x: Signal) -> Signal:
+    """A permutation of a sample's entries, or another shape (the walker checks the batch axis)."""
+    if isinstance(module, nn.Unflatten) and module.dim in (0, -len(x.shape)):
+        raise UnsupportedModel("unflattening the batch axis")
+    return x.scaled()
+
+
+@lipschitz_rule(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle)
+def shuffle(input: Signal, factor: Any = None, **named: Any) -> Signal:
+    """A permutation of a sample's entries."""
+    return input.scaled()
+
+
+@lipschitz_rule(torch.unflatten, "unflatten")
+def unflatten(x: Signal, dim: int, sizes: Any) -> Signal:
+    """One axis becomes several."""
+    if dim % len(x.shape) == 0:
+        raise UnsupportedModel("unflattening the batch axis")
+    return x.scaled()
+
+
+@lipschitz_rule(torch.squeeze, "squeeze", "squeeze_")
+def squeeze(x: Signal, dim: Any = None) -> Signal:
+    """Drop axes of length one."""
+    if dim is None:
+        raise UnsupportedModel("squeeze without dim drops the batch axis of a single sample")
+    return x.scaled()
+
+
+@lipschitz_rule(torch.unsqueeze, "unsqueeze", "unsqueeze_")
+def unsqueeze(x: Signal, dim: int) -> Signal:
+    """Add an axis of length one."""
+    if dim % (len(x.shape) + 1) == 0:
+        raise UnsupportedModel("a new axis before the batch axis")
+    return x.scaled()
+
+
+@lipschitz_rule(torch.permute, "permute")
+def permute(x: Signal, *dims: Any) -> Signal:
+    """Permute the axes, the batch's staying first."""
+    order = tuple(dims[0]) if dims and isinstance(dims[0], (tuple, list)) else dims
+    if order[0] % len(x.shape) != 0:
+        raise UnsupportedModel("moving the batch axis")
+    return x.scaled()
+
+
+@lipschitz_rule(torch.transpose, torch.swapaxes, "transpose", "transpose_", "swapaxes")
+def transpose(x: Signal, dim0: int, dim1: int) -> Signal:
+    """Swap two axes behind the batch's."""
+    if dim0 % len(x.shape) == 0 or dim1 % len(x.shape) == 0:
+        raise UnsupportedModel("moving the batch axis")
+    return x.scaled()
+
+
+@lipschitz_rule(torch.flip, "flip", torch.roll, "roll")
+def flip(x: Signal, *arguments: Any, **named: Any) -> Signal:
+    """A permutation along axes behind the batch's."""
+    axes = named.get("dims", arguments[-1] if arguments else None)
+    listed = axes if isinstance(axes, (tuple, list)) else (axes,)
+    if any(axis is None or axis % len(x.shape) == 0 for axis in listed):
+        raise UnsupportedModel("flipping or rolling the batch axis")
+    return x.scaled()
+
+
+@lipschitz_rule(operator.getitem)
+def getitem(x: Any, index: Any) -> Any:
+    """A slice drops entries; the batch axis must stay whole."""
+    if isinstance(x, (tuple, list)):
+        return x[index]
+    indices = index if isinstance(index, tuple) else (index,)
+    selects = all(i is Ellipsis or i is None or isinstance(i, (int, slice)) for i in indices)
+    used = sum(i is not None and i is not Ellipsis for i in indices)
+    whole = selects and (
+        indices[0] == slice(None) or (indices[0] is Ellipsis and used < len(x.shape))
+    )
+    if not isinstance(x, Signal) or not whole:
+        raise UnsupportedModel("indexing other than by slices and integers behind the batch axis")
+    return x.scaled()
+
+
+@lipschitz_rule(torch.narrow, "narrow")
+def narrow(x: Signal, dim: int, start: int, length: int) -> Signal:
+    """A slice."""
+    if dim % len(x.shape) == 0:
+        raise UnsupportedModel("a slice of the batch axis")
+    return x.scaled()
+
+
+@lipschitz_rule(torch.select, "select")
+def select(x: Signal, dim: int, index: int) -> Signal:
+    """One entry of an axis."""
+    return narrow(x, dim, index, 1)
+
+
+@lipschitz_rule(torch.chunk, "chunk")
+def chunk(x: Signal, chunks: int, dim: int = 0) -> tuple[Signal, ...]:
+    """Slices."""
+    if dim % len(x.shape) == 0:
+        raise UnsupportedModel("chunks of the batch axis")
+    length = math.ceil(x.shape[dim] / chunks)
+    return tuple(x.scaled() for _ in range(math.ceil(x.shape[dim] / length)))
+
+
+@lipschitz_rule(torch.split, "split")
+def split(x: Signal, split_size: Any, dim: int = 0) -> tuple[Signal, ...]:
+    """Slices."""
+    if dim % len(x.shape) == 0:
+        raise UnsupportedModel("parts of the batch axis")
+    if isinstance(split_size, int):
+        return tuple(x.scaled() for _ in range(math.ceil(x.shape[dim] / split_size)))
+    return tuple(x.scaled() for _ in split_size)
+
+
+@lipschitz_rule(torch.unbind, "unbind")
+def unbind(x: Signal, dim: int = 0) -> tuple[Signal, ...]:
+    """Slices."""
+    if dim % len(x.shape) == 0:
+        raise UnsupportedModel("the samples of a batch one by one")
+    return tuple(x.scaled() for _ in range(x.shape[dim]))
+
+
+@lipschitz_rule(torch.cat, torch.concat, torch.concatenate)
+def concatenate(tensors: Sequence[Any], dim: int = 0) -> Signal:
+    """``Lip(f, g)^2 <= Lip(f)^2 + Lip(g)^2``; constants change nothing."""
+    signals = [tensor for tensor in tensors if isinstance(tensor, Signal)]
+    axis = dim % len(signals[0].shape)
+    if axis == 0:
+        raise UnsupportedModel("concatenating along the batch axis")
+    whole = len(signals) == len(tensors)
+    return side_by_side(signals, channels=whole and axis == 1)
+
+
+@lipschitz_rule(torch.stack)
+def stack(tensors: Sequence[Any], dim: int = 0) -> Signal:
+    """As `concatenate`."""
+    signals = [tensor for tensor in tensors if isinstance(tensor, Signal)]
+    if dim % (len(signals[0].shape) + 1) == 0:
+        raise UnsupportedModel("stacking before the batch axis")
+    return side_by_side(signals)
+
+
+@lipschitz_rule(F.pad)
+def pad(input: Signal, pad: Any, mode: str = "constant", value: float | None = None) -> Signal:
+    """Constants (or cropping, by a negative amount), or copies of entries: see `duplication`."""
+    x = input
+    pairs = [(int(a), int(b)) for a, b in zip(pad[::2], pad[1::2], strict=True)]
+    if len(pairs) >= len(x.shape):
+        raise UnsupportedModel("padding the batch axis")
+    repeats = 1
+    if mode != "constant":
+        for axis, (before, after) in enumerate(pairs):
+            size = x.shape[-1 - axis]
+            if min(before, after) < 0:
+                raise UnsupportedModel(f"F.pad with mode={mode!r} and negative amounts")
+            if mode == "circular":
+                repeats *= 1 + math.ceil((before + after) / size)
+            elif mode in ("reflect", "replicate"):
+                repeats *= duplication(mode, before, after, size)
+            else:
+                raise UnsupportedModel(f"F.pad with mode={mode!r}")
+    root = math.sqrt(repeats) * (1 + 2**-50) if repeats > 1 else 1.0
+    return x.scaled(root, channelwise=len(pairs) < len(x.shape) - 1)
+
+
+def _pad_by(mode: str, *modules: type) -> None:
+    @lipschitz_rule(*modules)
+    def padded(module: Any, x: Signal) -> Signal:
+        """As `pad`."""
+        return pad(x, module.padding, mode)
+
+
+_pad_by(
+    "constant", nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d,
+    nn.ZeroPad3d,
+)  # fmt: skip
+_pad_by("reflect", nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d)
+_pad_by("replicate", nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d)
+_pad_by("circular", nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)
+
+
+@lipschitz_rule(torch.repeat_interleave, "repeat_interleave")
+def repeat_interleave(x: Signal, repeats: Any, dim: Any = None) -> Signal:
+    """Each entry so many times."""
+    if not isinstance(repeats, int) or dim is None or dim % len(x.shape) == 0:
+        raise UnsupportedModel("repeat_interleave other than by a number along an axis of a sample")
+    return x.scaled(math.sqrt(repeats) * (1 + 2**-50))
+
+
+@lipschitz_rule("expand", "repeat", "tile", torch.tile)
+def repeat(x: Signal, *sizes: Any) -> Signal:
+    """Copies of entries: by the sizes before and after, which the walker knows."""
+    raise UnsupportedModel("expand, repeat and tile copy entries; use repeat_interleave or cat")
+
+
+@lipschitz_rule("size")
+def size(x: Signal, dim: int | None = None) -> Any:
+    """A shape, not a tensor."""
+    return torch.Size(x.shape) if dim is None else x.shape[dim]
+
+
+@lipschitz_rule("dim", "ndimension", torch.Tensor.dim)
+def dim(x: Signal) -> int:
+    """A number of axes."""
+    return len(x.shape)
+
+
+@lipschitz_rule("numel", torch.numel)
+def numel(x: Signal) -> int:
+    """A number of entries."""
+    return math.prod(x.shape)
+
+
+@lipschitz_rule("is_floating_point", torch.is_floating_point)
+def is_floating_point(x: Signal) -> bool:
+    """Signals are of real numbers."""
+    return True
+
+
+@lipschitz_rule(getattr)
+def attribute(x: Any, name: str) -> Any:
+    """Shapes and types are known; anything else of a tensor is not."""
+    if not isinstance(x, Signal):
+        return getattr(x, name)
+    known = {"shape": torch.Size(x.shape), "ndim": len(x.shape), "requires_grad": False}
+    if name in known:
+        return known[name]
+    if name == "mT" and len(x.shape) > 2:
+        return x.scaled()
+    raise UnsupportedModel(f"attribute {name!r} of a tensor that depends on the input")
