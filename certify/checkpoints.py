@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import models
+from certify.architectures import ArchitectureError, build, is_users
 from certify.files import write_atomically
 
 _FORMAT = "certify checkpoint 1"
@@ -22,10 +23,10 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model of this project's, its weights and where they come from.
+    """A model, its weights and where they come from.
 
     Attributes:
-        model: name for `models.build`.
+        model: name for `certify.architectures.build`.
         hyperparameters: its keyword arguments.
         state_dict: parameters and buffers.
         input_shape: ``(C, H, W)``.
@@ -55,14 +56,20 @@ class Checkpoint:
         """Build the model with these weights, in evaluation mode, on the CPU.
 
         The architecture is laid out without memory and filled with the file's tensors, so that
-        a hostile file cannot ask for more than it brings.
+        a hostile file cannot ask for more than it brings. Nor does it choose code to be run: an
+        architecture of the user's is built by `certify.weights.load_network`, where it is named.
 
         Raises:
-            CheckpointError: weights of another architecture.
+            CheckpointError: weights of another architecture, or an architecture of the user's.
         """
+        if is_users(self.model):
+            raise CheckpointError(
+                f"the checkpoint is of {self.model}, and code is imported only where you name it: "
+                f"pass --arch {self.model}"
+            )
         try:
             with torch.device("meta"):
-                model = models.build(self.model, **self.hyperparameters)
+                model = build(self.model, self.hyperparameters)
             expected = model.state_dict()
             for name in sorted(expected.keys() | self.state_dict.keys()):
                 if name not in expected or name not in self.state_dict:
@@ -73,8 +80,15 @@ class Checkpoint:
                         f"{name!r} should be {wanted.dtype} {tuple(wanted.shape)}, "
                         f"is {found.dtype} {tuple(found.shape)}"
                     )
-            model.load_state_dict(dict(self.state_dict), assign=True)
-        except (ValueError, TypeError, RuntimeError) as error:
+            model.load_state_dict(self.state_dict, assign=True)
+        except Exception as error:  # the file's versions of modules can be anything
+            if isinstance(error, ArchitectureError) and isinstance(
+                error.__cause__, NotImplementedError
+            ):
+                raise CheckpointError(
+                    f"{self.model} cannot be laid out without memory; "
+                    f"pass --arch {self.model} to have it built"
+                ) from error
             reason = str(error).split("\n")[0]
             raise CheckpointError(
                 f"the weights do not fit the architecture {self.model!r}: {reason}"
@@ -88,18 +102,43 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: no such file, or not a whole checkpoint of this project.
     """
+    return parse_checkpoint(read_file(path), path)
+
+
+def read_file(path: str | Path) -> Any:
+    """Read what ``torch.save`` wrote, on the CPU; nothing in the file is executed.
+
+    Raises:
+        CheckpointError: no such file, or one that holds more than tensors and plain values.
+    """
     if not Path(path).is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load's failures have no common type
         raise CheckpointError(
-            f"{path} is not a checkpoint, or it is damaged ({type(error).__name__}); "
-            "expected a ckpt.pt written by 'certify train'"
+            f"{path} is not a checkpoint, or it is damaged ({type(error).__name__}); expected "
+            "a ckpt.pt of 'certify train', or what torch.save(model.state_dict(), ...) writes"
         ) from error
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether the content of a file says that `Checkpoint.save` wrote it, in any version."""
+    form = content.get("format") if isinstance(content, dict) else None
+    return isinstance(form, str) and form.startswith("certify checkpoint")
+
+
+def parse_checkpoint(content: Any, path: str | Path) -> Checkpoint:
+    """Check what `read_file` found at ``path``.
+
+    Raises:
+        CheckpointError: not a whole checkpoint of this project.
+    """
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise CheckpointError(f"{path} was not written by this version of 'certify train'")
-    del content["format"]
+    content = {name: value for name, value in content.items() if name != "format"}
     try:
         checkpoint = Checkpoint(**content)
         checkpoint = Checkpoint(

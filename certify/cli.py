@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import click
+
+from certify.option_types import Epsilon, Numbers, Setting, Shape
 
 
 class InputError(click.ClickException):
     """What the user gave cannot be used: one line, exit code 2."""
 
     exit_code = 2
-
-
-class Epsilon(click.ParamType):  # type: ignore[type-arg]  # not generic in older clicks
-    """A budget, as a number or a fraction such as 36/255."""
-
-    name = "eps"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Parse ``value``; a click error for anything but a number of at least zero."""
-        try:
-            number = float(value) if isinstance(value, float) else float(Fraction(value))
-        except (ValueError, ZeroDivisionError, OverflowError):
-            self.fail(f"{value!r} is not a number or a fraction such as 36/255", param, ctx)
-        if number < 0:
-            self.fail(f"{value!r} is negative; a budget is at least 0", param, ctx)
-        return number
-
-
-class Setting(click.ParamType):  # type: ignore[type-arg]
-    """``KEY=VALUE`` with a Python literal or a bare word as value."""
-
-    name = "key=value"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, Any]:
-        """Parse ``value``; a click error unless it has the form ``KEY=VALUE``."""
-        if isinstance(value, tuple):
-            return value
-        key, sign, text = str(value).partition("=")
-        if not sign or not key.isidentifier():
-            self.fail(f"{value!r} does not have the form KEY=VALUE", param, ctx)
-        try:
-            return key, ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return key, text
 
 
 @contextmanager
@@ -66,6 +28,9 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, UnsupportedModel, TrainingDiverged) as error:
         raise InputError(" ".join(str(error).split())) from error
+
+
+_ARCHITECTURES = "a name, torchvision:NAME, or package.module:factory"
 
 
 def _common(command: Callable[..., None]) -> Callable[..., None]:
@@ -88,8 +53,8 @@ def main() -> None:
 @main.command(short_help="Train a classifier.")
 @click.option("--dataset", default="mnist-5k", show_default=True, help="A name, or folder:PATH.")
 @_common
-@click.option("--model", default="mlp", show_default=True, help="Architecture, by name.")
-@click.option("--set", "settings", type=Setting(), multiple=True, help="Model hyperparameter.")
+@click.option("--model", default="mlp", show_default=True, help=f"Architecture: {_ARCHITECTURES}.")
+@click.option("--set", "settings", type=Setting(), multiple=True, help="Argument of the model.")
 @click.option("--epochs", default=60, show_default=True)
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--lr", default=3e-3, show_default=True)
@@ -129,10 +94,13 @@ def train(
     with _one_line_errors():
         from tqdm import tqdm
 
+        from certify.architectures import is_users
         from certify.run import RunConfig, run_training
         from certify.training import EpochMetrics, Trainer, TrainingConfig
 
-        folder = Path(out or f"runs/{dataset.replace(':', '-').replace('/', '_')}-{model}")
+        name = f"{dataset}-{model}".replace(":", "-").replace("/", "_")
+        folder = Path(out or f"runs/{name}")
+        arch = f" --arch {model}" if is_users(model) else ""
         config = TrainingConfig(epsilon=eps, **training)
         run = RunConfig(model, dict(settings), dataset, data_dir, config, device)
         with tqdm(unit="step", disable=None, dynamic_ncols=True) as bar:
@@ -159,7 +127,8 @@ def train(
                 on_step=step,
                 on_epoch=epoch,
             )
-    click.echo(f"wrote {folder / 'ckpt.pt'}; next: certify eval --model {folder / 'ckpt.pt'}")
+    path = folder / "ckpt.pt"
+    click.echo(f"wrote {path}; next: certify eval --model {path}{arch}")
 
 
 def _describe(metrics: Any) -> str:
@@ -172,7 +141,18 @@ def _describe(metrics: Any) -> str:
 
 
 @main.command("eval", short_help="Certify a data set with a trained classifier.")
-@click.option("--model", required=True, metavar="CKPT", help="A ckpt.pt of certify train.")
+@click.option(
+    "--model",
+    required=True,
+    metavar="FILE",
+    help="A ckpt.pt of certify train, or a state dict (.pt, .pth, .safetensors) with --arch. "
+    "Without a file: an architecture, with the weights that it starts with.",
+)
+@click.option("--arch", metavar="NAME", help=f"Architecture of the file: {_ARCHITECTURES}.")
+@click.option("--set", "settings", type=Setting(), multiple=True, help="Argument of --arch.")
+@click.option("--input-shape", type=Shape(), help="Of one image, e.g. 3,32,32.")
+@click.option("--mean", type=Numbers(), help="Per channel, subtracted before the model.")
+@click.option("--std", type=Numbers(), help="Per channel, divided by before the model.")
 @click.option("--dataset", help="A name, or folder:PATH; default: that of the training.")
 @_common
 @click.option(
@@ -196,6 +176,11 @@ def _describe(metrics: Any) -> str:
 @click.option("--plot", "plot_path", metavar="FILE", help="Draw certified accuracy over radius.")
 def evaluate(
     model: str,
+    arch: str | None,
+    settings: tuple[tuple[str, Any], ...],
+    input_shape: tuple[int, ...] | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
     dataset: str | None,
     data_dir: str | None,
     download: bool,
@@ -216,19 +201,30 @@ def evaluate(
         from tqdm import tqdm
 
         from certify.certified_model import CertifiedModel
-        from certify.checkpoints import load_checkpoint
-        from certify.data import load
+        from certify.data import load, num_classes
         from certify.evaluation import evaluate as certify_data
         from certify.files import write_text
         from certify.run import choose_device
+        from certify.weights import load_network
 
-        checkpoint = load_checkpoint(model)
-        dataset = dataset or checkpoint.dataset
-        click.echo(f"certifying {model} ({checkpoint.model}) on the test images of {dataset}")
-        network = checkpoint.build().to(choose_device(device))
-        certified = CertifiedModel(network, checkpoint.input_shape, method=method)
+        network = load_network(
+            model,
+            arch=arch,
+            input_shape=input_shape,
+            hyperparameters=dict(settings),
+            num_classes=num_classes(dataset) if dataset else None,
+            mean=mean,
+            std=std,
+        )
+        dataset = dataset or network.dataset
+        if dataset is None:
+            raise InputError("pass --dataset: only a ckpt.pt of certify train names its own")
+        click.echo(f"certifying {network.description} on the test images of {dataset}")
+        certified = CertifiedModel(
+            network.model.to(choose_device(device)), network.input_shape, method=method
+        )
         data = load(
-            dataset, train=False, data_dir=data_dir or checkpoint.data_dir, download=download
+            dataset, train=False, data_dir=data_dir or network.data_dir, download=download
         ).head(limit)
         with tqdm(total=len(data), unit="image", disable=None, leave=False) as bar:
             report = certify_data(certified, data, eps, batch_size=batch_size, on_batch=bar.update)
@@ -240,7 +236,7 @@ def evaluate(
         if plot_path:
             from certify.plots import plot_certified_accuracy
 
-            title = f"{checkpoint.model} on {dataset}: {report.n:,} test images"
+            title = f"{network.name} on {dataset}: {report.n:,} test images"
             plot_certified_accuracy(report, plot_path, title)
         for path in filter(None, (csv_path, json_path, plot_path)):
             click.echo(f"wrote {path}")

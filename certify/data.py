@@ -71,10 +71,35 @@ def load(
     if dataset == "mnist-5k":
         return _mnist_5k(train)
     if dataset not in _TORCHVISION:
-        raise DataError(f"unknown data set {dataset!r}; expected one of {', '.join(DATASETS)}")
+        raise _unknown(dataset)
     if data_dir is None:
         raise DataError(f"data set {dataset!r} needs --data-dir, torchvision's root folder")
     return _torchvision(dataset, train, data_dir, download)
+
+
+def num_classes(dataset: str) -> int:
+    """Number of classes of a data set, without reading its images.
+
+    Raises:
+        DataError: an unknown name, or no such folder.
+
+    Example:
+        >>> num_classes("cifar100")
+        100
+    """
+    if dataset.startswith("folder:"):
+        root = Path(dataset.removeprefix("folder:"), "test")
+        try:
+            return sum(entry.is_dir() for entry in root.iterdir())
+        except OSError as error:
+            raise DataError(f"expected images at {root}/<class>/: {error}") from error
+    if dataset != "mnist-5k" and dataset not in _TORCHVISION:
+        raise _unknown(dataset)
+    return 100 if dataset == "cifar100" else 10
+
+
+def _unknown(dataset: str) -> DataError:
+    return DataError(f"unknown data set {dataset!r}; expected one of {', '.join(DATASETS)}")
 
 
 def _mnist_5k(train: bool) -> ImageData:

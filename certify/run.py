@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-import models
+from certify import architectures
 from certify.checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from certify.data import augmentations, load
 from certify.files import write_text
@@ -25,7 +26,7 @@ class RunConfig:
     """What to train on what, and where the result goes.
 
     Attributes:
-        model: name for `models.build`.
+        model: name for `certify.architectures.build`.
         hyperparameters: its keyword arguments beyond input shape and number of classes.
         dataset: name for `certify.data.load`.
         data_dir: torchvision's root folder, where the data set needs one.
@@ -87,19 +88,22 @@ def run_training(
     device = choose_device(config.device)
     data = load(config.dataset, train=True, data_dir=config.data_dir, download=download)
     torch.manual_seed(config.training.seed)
-    hyperparameters = {
-        "input_shape": data.input_shape,
-        "num_classes": len(data.classes),
-        **config.hyperparameters,
-    }
-    model = models.build(config.model, **hyperparameters).to(device)
+    hyperparameters = architectures.keywords(
+        config.model,
+        config.hyperparameters,
+        input_shape=data.input_shape,
+        num_classes=len(data.classes),
+    )
+    model = architectures.build(config.model, hyperparameters).to(device)
+    settings = _settings(config, hyperparameters)
+    _refuse_other_state(model)
     trainer = Trainer(model, data, config.training, augmentations(config.dataset))
 
     history: list[EpochMetrics] = []
     if resume and path.exists():
-        history = _continue(trainer, load_checkpoint(path), config, path)
+        history = _continue(trainer, load_checkpoint(path), config, hyperparameters, path)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.json", _settings(config, hyperparameters))
+    write_text(out / "config.json", settings)
 
     if on_start is not None:
         on_start(trainer)
@@ -121,7 +125,9 @@ def run_training(
         if progress is not None:
             del progress["model"]  # the checkpoint's own state_dict
             progress["history"] = [asdict(entry) for entry in history]
-        weights = {name: value.cpu() for name, value in model.state_dict().items()}
+        weights = model.state_dict()  # which also carries the modules' versions
+        for name in weights:
+            weights[name] = weights[name].cpu()
         checkpoint = replace(checkpoint, state_dict=weights, progress=progress)
         checkpoint.save(path)
         write_text(out / "metrics.csv", _table(history))
@@ -130,12 +136,24 @@ def run_training(
     return load_checkpoint(path)
 
 
+def _refuse_other_state(model: nn.Module) -> None:
+    """Refuse what a checkpoint cannot hold: a state beside parameters and buffers."""
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the model's state {name!r} is not a tensor, so it cannot be saved")
+
+
 def _continue(
-    trainer: Trainer, checkpoint: Checkpoint, config: RunConfig, path: Path
+    trainer: Trainer,
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    hyperparameters: dict[str, Any],
+    path: Path,
 ) -> list[EpochMetrics]:
     """Put a trainer where the checkpoint left off; return the metrics up to there."""
     asked = {"model": config.model, "dataset": config.dataset, **asdict(config.training)}
     found = {"model": checkpoint.model, "dataset": checkpoint.dataset, **checkpoint.config}
+    asked["hyperparameters"], found["hyperparameters"] = hyperparameters, checkpoint.hyperparameters
     different = sorted(name for name in asked if asked[name] != found.get(name))
     if different:
         raise ValueError(
@@ -160,7 +178,12 @@ def _settings(config: RunConfig, hyperparameters: dict[str, Any]) -> str:
         "hyperparameters": hyperparameters,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    return json.dumps(settings, indent=2) + "\n"
+    try:
+        return json.dumps(settings, indent=2) + "\n"
+    except TypeError as error:
+        raise ValueError(
+            f"hyperparameters can be numbers, texts, lists and dicts: {error}"
+        ) from error
 
 
 def _table(history: list[EpochMetrics]) -> str:

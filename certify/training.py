@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from certify.data import Augmentation, ImageData, pixels
 from certify.losses import LOSSES
 from certify.norms import NetworkEstimator
+from certify.signal import UnsupportedModel
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 - the name says what happened
@@ -97,10 +98,14 @@ class Trainer:
         self.config = config
         self.epoch = 0
         self._augment = augment
-        self._device = next(model.parameters()).device
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trained:
+            raise UnsupportedModel("the model has no parameters to train")
+        self._device = trained[0].device
         self._images = data.images.to(self._device)
         self._labels = data.labels.to(self._device)
         self._estimator = NetworkEstimator(model, data.input_shape, config.seed)
+        _check_logits(model, pixels(self._images[:1]), self._labels)
         self._optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
         self._generator = torch.Generator().manual_seed(config.seed)
         with torch.no_grad():
@@ -147,6 +152,8 @@ class Trainer:
         for augmentation in self._augment:
             x = augmentation(x, self._generator)
         logits = self.model(x)
+        if not isinstance(logits, Tensor):
+            raise UnsupportedModel("in training mode, too, the model must return one tensor")
         estimate = self._estimator()
         bounds = estimate.margin_lipschitz()
         lipschitz = estimate.lipschitz()
@@ -205,6 +212,26 @@ def train(
     """Train ``model`` in place and return the metrics of each epoch; see `Trainer`."""
     trainer = Trainer(model, data, config, augment)
     return [trainer.run_epoch() for _ in range(config.epochs)]
+
+
+def _check_logits(model: nn.Module, x: Tensor, labels: Tensor) -> None:
+    """Refuse a model that could be traced, but whose logits are not for these labels."""
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(x)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"the model does not take images as {x.dtype}: {reason}") from error
+    finally:
+        model.train(mode)
+    if logits.ndim != 2:
+        raise UnsupportedModel(f"expected logits (N, C), got shape {tuple(logits.shape)}")
+    if int(labels.max()) >= logits.shape[1]:
+        raise ValueError(
+            f"the model has {logits.shape[1]} classes, the data has a label {int(labels.max())}"
+        )
 
 
 def _learning_rate(done: float) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,3 +37,24 @@ def write_png() -> WritePng:
         Image.fromarray(np.full((*size, 3), value, dtype=np.uint8)).save(path)
 
     return write
+
+
+WriteCode = Callable[[str, str], None]
+
+
+@pytest.fixture
+def write_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WriteCode]:
+    """Write Python files into a fresh current folder; what was imported from it is forgotten."""
+    known = set(sys.modules)
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str, source: str) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+
+    yield write
+    for name in set(sys.modules) - known:
+        place = getattr(sys.modules[name], "__file__", None)
+        if name.startswith("nets") or (place and Path(place).is_relative_to(tmp_path)):
+            del sys.modules[name]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,17 @@ def test_weights_of_another_dtype(tmp_path: Path) -> None:
     example(state_dict=state).save(tmp_path / "ckpt.pt")
     with pytest.raises(CheckpointError, match=r"should be torch\.float32"):
         load_model(tmp_path / "ckpt.pt")
+
+
+def test_the_users_architecture_is_not_imported(tmp_path: Path) -> None:
+    example(model="antigravity:main").save(tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="pass --arch antigravity:main"):
+        load_model(tmp_path / "ckpt.pt")
+    assert "antigravity" not in sys.modules
+
+
+def test_torchvision_fetches_nothing(tmp_path: Path) -> None:
+    hyperparameters = {"weights": "DEFAULT"}
+    example(model="torchvision:resnet18", hyperparameters=hyperparameters).save(tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="is built without weights"):
+        load_model(tmp_path / "c.pt")

@@ -19,6 +19,36 @@ from certify.checkpoints import load_checkpoint
 from certify.cli import main
 
 WritePng = Callable[[Path, tuple[int, int], int], None]
+WriteCode = Callable[[str, str], None]
+
+NETS = """
+import math
+from torch import nn
+
+def make(input_shape, num_classes, hidden=8):
+    size = math.prod(input_shape)
+    layers = nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+class Stateful(Linear):
+    def get_extra_state(self):
+        return 1
+    def set_extra_state(self, state):
+        pass
+
+def few():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))
+
+def settings(values):
+    return Linear()
+"""
 
 
 def invoke(*arguments: object) -> Result:
@@ -95,7 +125,10 @@ def test_help_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("package", ["ff_bounds", "certify.certified_model", "certify.training"])
+@pytest.mark.parametrize(
+    "package",
+    ["ff_bounds", "certify.certified_model", "certify.training", "certify.weights"],
+)
 def test_the_library_does_not_import_torchvision(package: str) -> None:
     code = f"import sys, {package}; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -128,6 +161,141 @@ def test_the_library_does_not_import_torchvision(package: str) -> None:
 def test_bad_training_input(tmp_path: Path, arguments: list[str], message: str) -> None:
     assert_one_line(invoke("train", *arguments, "--out", tmp_path / "run"), message)
     assert not (tmp_path / "run").exists()
+
+
+def test_train_and_eval_the_users_architecture(write_code: WriteCode) -> None:
+    write_code("nets/small.py", NETS)
+    small = ["--model", "nets.small:make", "--set", "hidden=6", "--batch-size", 200]
+    result = invoke("train", *small, "--epochs", 2)
+    assert result.exit_code == 0, result.output
+    path = "runs/mnist-5k-nets.small-make/ckpt.pt"
+    command = f"certify eval --model {path} --arch nets.small:make"
+    assert command in result.output
+    settings = json.loads(Path(path).with_name("config.json").read_text())
+    expected = {"input_shape": [1, 28, 28], "num_classes": 10, "hidden": 6}
+    assert settings["hyperparameters"] == expected
+
+    evaluation = ["eval", "--model", path, "--limit", 20]
+    assert_one_line(invoke(*evaluation), "is of nets.small:make, .*: pass --arch nets.small:make")
+    result = invoke(*command.split()[1:], "--limit", 20)
+    assert result.exit_code == 0, result.output
+    assert f"certifying {path} (nets.small:make) on the test images of mnist-5k" in result.output
+    result = invoke(*evaluation, "--arch", "mlp")
+    assert_one_line(result, "building mlp failed: TypeError")
+
+    result = invoke("train", *small, "--epochs", 2, "--resume")
+    assert result.exit_code == 0, result.output
+    other = [*small, "--set", "hidden=7"]
+    assert_one_line(invoke("train", *other, "--epochs", 2, "--resume"), "settings of hyperparam")
+
+
+def test_resuming_the_users_architecture(write_code: WriteCode) -> None:
+    write_code("nets/small.py", NETS)
+    small = ["--model", "nets.small:make", "--epochs", 2, "--batch-size", 200, "--out"]
+    assert invoke("train", *small, "straight").exit_code == 0
+    code = (
+        "import os, certify.run as run; save = run.Checkpoint.save\n"
+        "run.Checkpoint.save = lambda *a: (save(*a), os._exit(9))\n"
+        "from certify.cli import main; main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, "train", *map(str, small), "killed"]
+    killed = subprocess.run(command, env=environment, check=False, capture_output=True)
+    assert killed.returncode == 9, killed.stderr
+    assert load_checkpoint("killed/ckpt.pt").progress is not None
+    result = invoke("train", *small, "killed", "--resume")
+    assert result.exit_code == 0, result.output
+    straight, resumed = (load_checkpoint(f"{x}/ckpt.pt").state_dict for x in ("straight", "killed"))
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+
+
+def test_eval_a_state_dict(write_code: WriteCode, tmp_path: Path) -> None:
+    write_code("nets/small.py", NETS)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(784, 5), torch.nn.ReLU(), torch.nn.Linear(5, 10)
+    )
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "weights.pt")
+    command = ["eval", "--model", "weights.pt", "--dataset", "mnist-5k", "--limit", 50]
+    command += ["--arch", "nets.small:make"]
+    shape = ["--input-shape", "1,28,28"]
+    fits = [*shape, "--set", "hidden=5"]
+    result = invoke(*command, *fits, "--json", "plain.json")
+    assert result.exit_code == 0, result.output
+    assert "certifying weights.pt (nets.small:make) on the test images of mnist-5k" in result.output
+    normalised = [*command, *fits, "--mean", 0.1, "--std", 0.5]
+    result = invoke(*normalised, "--json", "normalised.json")
+    assert result.exit_code == 0, result.output
+    plain, twice = (json.loads(Path(f"{x}.json").read_text()) for x in ("plain", "normalised"))
+    assert twice["lipschitz"] == pytest.approx(2 * plain["lipschitz"])  # in units of pixels
+
+    assert_one_line(invoke(*command, *shape), r"'1\.weight' should be \(8, 784\), is \(5, 784\)")
+    assert_one_line(invoke(*command), "pass --input-shape")
+    assert_one_line(invoke(*command, *fits, "--mean", 0), "--mean and --std go together")
+    assert_one_line(invoke(*command, "--input-shape", "1x28x28"), "is not a shape such as 3,32,32")
+    assert_one_line(invoke(*command, "--input-shape", "0,28,28"), "is not a shape such as 3,32,32")
+    assert_one_line(invoke(*command, "--mean", "a"), "is not a list of numbers")
+    assert_one_line(invoke(*command[:-2], *fits), r"weights\.pt holds weights only; pass --arch")
+    assert_one_line(invoke(*command[:-1], "nets.small:nothing", *fits), "has no 'nothing'")
+    assert_one_line(invoke(*command[:-1], "nets.large:make", *fits), "cannot import 'nets.large'")
+    without_data = [*command[:3], *command[-2:], *fits, "--set", "num_classes=10"]
+    assert_one_line(invoke(*without_data), "pass --dataset")
+
+
+def test_eval_an_architecture_alone(write_code: WriteCode, write_png: WritePng) -> None:
+    write_code("nets/small.py", NETS)
+    digits = ["--dataset", "mnist-5k", "--limit", 5, "--input-shape", "1,28,28"]
+    result = invoke("eval", "--model", "nets.small:Linear", *digits)
+    assert result.exit_code == 0, result.output
+    assert "certifying nets.small:Linear (its factory's own weights) on" in result.output
+
+    for name in ("a", "b"):
+        write_png(Path("data", "test", name, "x.png"), (32, 32), 99)
+    images = ["eval", "--model", "torchvision:regnet_x_400mf", "--dataset", "folder:data"]
+    result = invoke(*images, "--input-shape", "3,32,32")
+    assert result.exit_code == 0, result.output
+    assert "certifying torchvision:regnet_x_400mf (randomly initialised) on" in result.output
+    result = invoke(*images)
+    assert_one_line(result, r"takes images of shape \(3, 224, 224\), the data has \(3, 32, 32\)")
+    assert_one_line(invoke(*images, "--arch", "mlp"), "--arch is for files of weights")
+
+
+def test_train_a_torchvision_architecture(tmp_path: Path, write_png: WritePng) -> None:
+    for split in ("train", "test"):
+        for index, name in enumerate("ab"):
+            for image in range(2):
+                write_png(tmp_path / split / name / f"{image}.png", (32, 32), 50 * index + image)
+    arch = "torchvision:regnet_x_400mf"
+    data, path = f"folder:{tmp_path}", tmp_path / "run" / "ckpt.pt"
+    small = ["--epochs", 1, "--batch-size", 4, "--out", path.parent, "--dataset", data]
+    result = invoke("train", "--model", arch, *small)
+    assert result.exit_code == 0, result.output
+    assert f"next: certify eval --model {path}\n" in result.output
+    assert load_checkpoint(path).hyperparameters == {"num_classes": 2}
+    result = invoke("eval", "--model", path, "--arch", arch)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nets.small:few"], "the model has 3 classes, the data has a label 9"),
+        (["nets.small:Stateful"], "state '_extra_state' is not a tensor"),
+        (["nets.small:make", "--set", "hidden=many"], "building nets.small:make failed: TypeError"),
+        (["nets.small:settings", "--set", "values={1}"], "hyperparameters can be numbers, texts"),
+        (["nets.small:none"], "'nets.small' has no 'none'"),
+        (["nets.none:make"], "cannot import 'nets.none'"),
+        (["torchvision:resnet18"], "does not fit"),
+        (["torchvision:fcn_resnet50"], "expected a classifier of torchvision.models"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_architectures_that_cannot_be_trained(
+    write_code: WriteCode, arguments: list[str], message: str
+) -> None:
+    write_code("nets/small.py", NETS)
+    assert_one_line(invoke("train", "--model", *arguments, "--out", "run"), message)
+    assert not Path("run").exists()
 
 
 def test_image_sizes_that_do_not_fit(tmp_path: Path, run_folder: Path, write_png: WritePng) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from certify.data import DataError, augmentations, flip, load, pixels, shift
+from certify.data import DataError, augmentations, flip, load, num_classes, pixels, shift
 
 WritePng = Callable[[Path, tuple[int, int], int], None]
 
@@ -126,3 +126,15 @@ def test_flip_mirrors_half_of_the_images() -> None:
 def test_augmentations_keep_labels() -> None:
     assert augmentations("mnist-5k")
     assert augmentations("folder:somewhere") == []
+
+
+def test_number_of_classes_without_the_images(tmp_path: Path, write_png: WritePng) -> None:
+    for name in ("a", "b", "c"):
+        write_png(tmp_path / "test" / name / "x.png", (2, 2), 0)
+    (tmp_path / "test" / "notes.txt").write_text("")
+    for dataset in (f"folder:{tmp_path}", "mnist-5k"):
+        assert num_classes(dataset) == len(load(dataset, train=False).classes)
+    with pytest.raises(DataError, match=r"expected images at .*nowhere/test/<class>/"):
+        num_classes(f"folder:{tmp_path / 'nowhere'}")
+    with pytest.raises(DataError, match="unknown data set 'imagenet'"):
+        num_classes("imagenet")

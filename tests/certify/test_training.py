@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,45 @@ def test_a_network_that_cannot_be_certified_is_refused_at_the_start(digits: Imag
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.Softmax(dim=1))
     with pytest.raises(UnsupportedModel, match="Softmax"):
         Trainer(model, small(digits), TrainingConfig())
+
+
+class TwoOutputs(nn.Module):
+    """Auxiliary logits while it trains, as GoogLeNet has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = self.layer(x.flatten(1))
+        return (logits, logits) if self.training else logits
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (nn.Flatten(), UnsupportedModel, "no parameters to train"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).requires_grad_(False),
+            UnsupportedModel,
+            "no parameters to train",
+        ),
+        (nn.Sequential(nn.Flatten(), nn.Linear(784, 3)), ValueError, "3 classes, .* a label 9"),
+        (nn.Conv2d(1, 10, 28), UnsupportedModel, r"expected logits \(N, C\), got .*1, 10, 1, 1"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).double(),
+            ValueError,
+            "does not take images as torch.float32",
+        ),
+        (TwoOutputs(), UnsupportedModel, "in training mode, too"),
+    ],
+    ids=["empty", "frozen", "few", "map", "double", "two"],
+)
+def test_models_that_cannot_be_trained(
+    digits: ImageData, model: nn.Module, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        train(model, small(digits, 100), TrainingConfig(epochs=1))
 
 
 @pytest.mark.parametrize(
