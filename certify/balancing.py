@@ -149,9 +149,7 @@ def balancing_scales(
     vectors: list[Tensor] = []
     with torch.enable_grad():
         for _ in range(steps):
-            scales = {
-                images[signal]: factors for signal, factors in _scales(layouts, logs).items()
-            }
+            scales = {images[signal]: factors for signal, factors in _scales(layouts, logs).items()}
             bounding = Bounding(light, scales=scales)
             operators = weighted(bounding.operators())
             norms = _estimates([operator.kernel() for operator in operators], vectors)
@@ -170,9 +168,7 @@ def balancing_scales(
     return _scales(layouts, found)
 
 
-def _scales(
-    layouts: Mapping[Signal, _Layout], logs: Mapping[int, Tensor]
-) -> dict[Signal, Tensor]:
+def _scales(layouts: Mapping[Signal, _Layout], logs: Mapping[int, Tensor]) -> dict[Signal, Tensor]:
     """Factors of all signals that have a free part."""
     scales = {}
     some = next(iter(logs.values()))
@@ -210,7 +206,9 @@ def _estimates(kernels: Sequence[Tensor], vectors: list[Tensor]) -> list[Tensor]
         groups, weight = kernel.shape[0], kernel.flatten(0, 1)
         pads = [amount for size in reversed(kernel.shape[3:]) for amount in (size - 1, 0)]
 
-        def apply(x: Tensor, weight: Tensor = weight, groups: int = groups, pads: Any = pads) -> Tensor:
+        def apply(
+            x: Tensor, weight: Tensor = weight, groups: int = groups, pads: Any = pads
+        ) -> Tensor:
             return F.conv2d(F.pad(x, pads, mode="circular"), weight, groups=groups)
 
         with torch.no_grad():

@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from certify.composition import add, balanced, compose, identity, masks, merge_scale
+from certify.composition import add, balanced, compose, identity, masks, merge
 from certify.operators import Convolution, Matrix, Operator, Scale
 from certify.signal import (
     Affine,
@@ -71,14 +71,15 @@ def merged(output: Signal) -> Signal:
     """The same map with factors of channels (BatchNorm, Normalize, ...) put into their neighbours.
 
     The norm of the merged map is at most the product of the norms, and so is each of its bounds: a
-    row or column of a matrix that grows by at most a factor lets its norm grow by no more.
+    row or column of a matrix that grows by at most a factor lets its norm grow by no more. Matrices
+    that follow each other become one where that is not larger than both.
     """
     new: dict[Signal, Signal] = {}
     for signal in in_order(output):
         parents = tuple(new[parent] for parent in signal.parents)
         step = signal.step
         if isinstance(step, Affine) and isinstance(parents[0].step, Affine):
-            operator = merge_scale(step.operator, parents[0].step.operator, len(parents[0].shape))
+            operator = merge(step.operator, parents[0].step.operator, len(parents[0].shape))
             if operator is not None:
                 step, parents = Affine(operator), parents[0].parents
         unchanged = step is signal.step and parents == signal.parents
@@ -205,14 +206,17 @@ class Bounding:
         if not self._join:
             return bound
         expansion = self._expand(operator, source)
-        if expansion is None:
-            return bound
-        product, middle, earlier, center, spread = expansion
-        joint = _times(product_bound(values[earlier], measure(product)), abs(center))
-        if spread > 0:
-            rest = _times(product_bound(values[middle], measure(operator)), spread)
-            joint = sum_bound(joint, rest)
-        return torch.minimum(bound, joint)
+        while expansion is not None:
+            product, middle, earlier, center, spread = expansion
+            joint = _times(product_bound(values[earlier], measure(product)), abs(center))
+            if spread > 0:
+                rest = _times(product_bound(values[middle], measure(operator)), spread)
+                joint = sum_bound(joint, rest)
+            bound = torch.minimum(bound, joint)
+            # Affine maps that follow each other directly can be composed further.
+            expansion = self._expand(product, earlier) if spread == 0 and center == 1 else None
+            operator = product
+        return bound
 
     def _expand(
         self, operator: Operator, source: Signal

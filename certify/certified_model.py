@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from certify.bounding import Bounding, merged
 from certify.certificates import Certificate, certificate
+from certify.folding import copy_with_plain_weights
 from certify.graph import LipschitzGraph, refuse_what_tracing_misses
 from certify.norms import check_method, margin_lipschitz, proven_norms
 from certify.signal import UnsupportedModel
@@ -49,6 +49,7 @@ class CertifiedModel:
     def __init__(
         self, model: nn.Module, input_shape: Sequence[int], *, method: str = "fantastic_four"
     ) -> None:
+        model = copy_with_plain_weights(model)
         refuse_what_tracing_misses(model)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_complex() or tensor.is_meta:
@@ -57,7 +58,7 @@ class CertifiedModel:
                 raise ValueError(f"expected finite parameters, got NaN or infinity in {name!r}")
         check_method(method)
         self.method = method
-        self._model = _copy(model).eval().to(torch.float64).requires_grad_(False)
+        self._model = model.to(torch.float64).requires_grad_(False)
         graph = LipschitzGraph(self._model, input_shape)
         self.input_shape = tuple(input_shape)
         self._device = graph.device
@@ -103,16 +104,6 @@ class CertifiedModel:
         """Predict and certify inputs ``(N, *input_shape)``; see `certify.certificate`."""
         with torch.no_grad():
             return certificate(self.logits(x), self._margins)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise UnsupportedModel(
-            f"{type(model).__name__} cannot be copied; does it keep tensors of a forward pass? "
-            "Delete or detach them"
-        ) from error
 
 
 def _proven(bound: Tensor) -> Tensor:

@@ -27,14 +27,17 @@ MAX_ENTRIES = 2**23
 """Composed weights that would be larger are not formed."""
 
 
-def merge_scale(after: Operator, before: Operator, axes: int) -> Operator | None:
-    """``after before``, where one of them only scales channels; ``None`` if that is not one map.
+def merge(after: Operator, before: Operator, axes: int) -> Operator | None:
+    """``after before`` where that costs nothing: one only scales channels, or both are matrices.
 
     Args:
         after: the later operator.
         before: the earlier one.
         axes: number of axes of the tensor between them, the batch included. A matrix acts on the
             last axis, which is the channels' only if there are two.
+
+    Returns:
+        ``None`` where the two are not one map of these forms.
     """
     if isinstance(after, Scale):
         if isinstance(before, Scale):
@@ -46,6 +49,10 @@ def merge_scale(after: Operator, before: Operator, axes: int) -> Operator | None
         return _scale_outputs(before, after.factors, after.roundings, axes)
     if isinstance(before, Scale):
         return _scale_inputs(after, before.factors, before.roundings, axes)
+    if isinstance(after, Matrix) and isinstance(before, Matrix):
+        rows, columns = after.weight.shape[0], before.weight.shape[1]
+        if rows * columns <= after.weight.numel() + before.weight.numel():
+            return compose(after, before)
     return None
 
 
@@ -113,6 +120,8 @@ def compose(after: Operator, before: Operator) -> Operator | None:
         if first.shape[0] != second.shape[1] or second.shape[0] * first.shape[1] > MAX_ENTRIES:
             return None
         product = second.to(torch.float64) @ first.to(torch.float64)
+        if not bool(product.detach().isfinite().all()):
+            return None
         terms = first.shape[0] + 4
         return Matrix(product, error=_product_error(after, before, terms))
     if not isinstance(after, Convolution) or not isinstance(before, Convolution):
@@ -150,6 +159,8 @@ def _compose_convolutions(after: Convolution, before: Convolution) -> Convolutio
             for a, c in enumerate(corner)
         )
         weight[(slice(None),) * 3 + window] += block
+    if not bool(weight.detach().isfinite().all()):
+        return None
     terms = second.shape[2] * math.prod(second.shape[3:]) + 4
     return Convolution(
         weight.flatten(0, 1),

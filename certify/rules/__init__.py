@@ -10,7 +10,17 @@ Operations are looked up by identity, a module by its exact type: a subclass may
 ``forward``, so it needs a rule of its own.
 """
 
-from certify.rules import activations, affine, arithmetic, arrangement, pooling, refused
+from certify.rules import (
+    activations,
+    affine,
+    arithmetic,
+    arrangement,
+    pooling,
+    reductions,
+    refused,
+    resampling,
+    smooth,
+)
 from certify.rules.registry import REFUSALS, RULES, lipschitz_rule
 
 __all__ = [
@@ -22,5 +32,8 @@ __all__ = [
     "arrangement",
     "lipschitz_rule",
     "pooling",
+    "reductions",
     "refused",
+    "resampling",
+    "smooth",
 ]

@@ -1,16 +1,34 @@
-"""Functions of each entry by itself."""
+"""Functions of each entry made of straight pieces, and sorting; others are in `smooth`."""
 
 from __future__ import annotations
 
 import math
+import operator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certify.rules.registry import by_attributes, lipschitz_rule
 from certify.signal import Signal, UnsupportedModel
 from models import MaxMin
+
+SINGLE_SIXTH = (2**26 + 2) / 6 / 2**26
+"""1/6 rounded (up) to float32, exactly."""
+
+
+def number(value: Any) -> float:
+    """A parameter of a function, which must be a plain number.
+
+    Raises:
+        UnsupportedModel: NaN, a tensor, or a signal.
+    """
+    if not isinstance(value, (int, float)):
+        raise UnsupportedModel(f"expected a number as parameter, got {type(value).__name__}")
+    if math.isnan(value):
+        raise UnsupportedModel("a parameter is NaN")
+    return value
 
 
 @lipschitz_rule(F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
@@ -22,55 +40,140 @@ def relu(input: Signal, inplace: bool = False) -> Signal:
 by_attributes(relu, nn.ReLU)
 
 
-@lipschitz_rule(F.tanh, torch.tanh, "tanh", "tanh_")
-def tanh(input: Signal) -> Signal:
-    """The slope is ``1 - tanh(x)^2``."""
-    return input.elementwise(0.0, 1.0)
-
-
-by_attributes(tanh, nn.Tanh)
-
-
 @lipschitz_rule(F.leaky_relu, F.leaky_relu_)
 def leaky_relu(input: Signal, negative_slope: float = 0.01, inplace: bool = False) -> Signal:
     """Slopes 1 and ``negative_slope``."""
-    if math.isnan(negative_slope):
-        raise UnsupportedModel("LeakyReLU with slope NaN")
-    return input.elementwise(min(1.0, negative_slope), max(1.0, negative_slope))
+    slope = number(negative_slope)
+    return input.elementwise(min(1.0, slope), max(1.0, slope))
 
 
 by_attributes(leaky_relu, nn.LeakyReLU, attributes="negative_slope")
 
 
-@lipschitz_rule(F.sigmoid, torch.sigmoid, "sigmoid", "sigmoid_")
-def sigmoid(input: Signal) -> Signal:
-    """The slope ``s (1 - s)`` is at most 1/4."""
-    return input.elementwise(0.0, 0.25)
+@lipschitz_rule(F.prelu, "prelu")
+def prelu(input: Signal, weight: Tensor) -> Signal:
+    """Slopes 1 and the weights, one for all channels or one each."""
+    if not isinstance(weight, Tensor):
+        raise UnsupportedModel("a PReLU whose weights depend on the input")
+    low, high = number(weight.min().item()), number(weight.max().item())
+    return input.elementwise(min(1.0, low), max(1.0, high))
 
 
-by_attributes(sigmoid, nn.Sigmoid)
+by_attributes(prelu, nn.PReLU, attributes="weight")
 
 
-@lipschitz_rule(F.softplus)
-def softplus(input: Signal, beta: float = 1.0, threshold: float = 20.0) -> Signal:
-    """The slope is a sigmoid, at most 1.
+@lipschitz_rule(F.rrelu, torch.rrelu, torch.rrelu_)
+def rrelu(
+    input: Signal,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Signal:
+    """In evaluation a leaky ReLU with the mean of its slopes, which torch rounds as we do."""
+    if training:
+        raise UnsupportedModel("rrelu with training=True is random")
+    return leaky_relu(input, (number(lower) + number(upper)) / 2)
 
-    Above ``threshold`` torch returns ``x`` itself: a jump by ``log(1 + exp(-threshold)) / beta``,
-    which is below float64's rounding of a number of that size only from 34 on. Below the threshold
-    it takes ``exp(beta x)``, which from 88 on is infinite in float32.
-    """
-    if not (beta > 0 and 34 <= threshold <= 88):
+
+by_attributes(rrelu, nn.RReLU, attributes="lower upper")
+
+
+@lipschitz_rule(F.threshold, torch.threshold, torch.threshold_)
+def threshold(input: Signal, threshold: float, value: float, inplace: bool = False) -> Signal:
+    """``x`` above the threshold, else ``value``: with the two equal, ``max(x, value)``."""
+    if not number(threshold) == number(value) < math.inf:
         raise UnsupportedModel(
-            f"Softplus(beta={beta}, threshold={threshold}) jumps or overflows at its "
-            "threshold; use beta > 0 and threshold=40, the same function without that"
+            f"threshold={threshold} with another value={value} is not continuous"
         )
+    return relu(input)
+
+
+by_attributes(threshold, nn.Threshold, attributes="threshold value")
+
+
+@lipschitz_rule(
+    torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_"
+)
+def clamp(input: Signal, min: float | None = None, max: float | None = None) -> Signal:
+    """Slopes 1 between the ends, 0 outside."""
+    low = -math.inf if min is None else number(min)
+    high = math.inf if max is None else number(max)
+    if low > high or low == math.inf or high == -math.inf:
+        raise UnsupportedModel(f"expected min <= max to clamp between, got {low} and {high}")
     return input.elementwise(0.0, 1.0)
 
 
-by_attributes(softplus, nn.Softplus, attributes="beta threshold")
+@lipschitz_rule(torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_")
+def clamp_min(input: Signal, min: float) -> Signal:
+    """As `clamp`."""
+    return clamp(input, min=min)
+
+
+@lipschitz_rule(torch.clamp_max, torch.clamp_max_, "clamp_max", "clamp_max_")
+def clamp_max(input: Signal, max: float) -> Signal:
+    """As `clamp`."""
+    return clamp(input, max=max)
+
+
+@lipschitz_rule(F.hardtanh, F.hardtanh_)
+def hardtanh(
+    input: Signal, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Signal:
+    """As `clamp`."""
+    return clamp(input, min_val, max_val)
+
+
+by_attributes(hardtanh, nn.Hardtanh, nn.ReLU6, attributes="min_val max_val")
+
+
+@lipschitz_rule(F.relu6)
+def relu6(input: Signal, inplace: bool = False) -> Signal:
+    """As `clamp`."""
+    return clamp(input, 0.0, 6.0)
+
+
+@lipschitz_rule(F.hardsigmoid)
+def hardsigmoid(input: Signal, inplace: bool = False) -> Signal:
+    """``relu6(x + 3) / 6``, slopes 0 and 1/6, times ``1 + 2^-25``.
+
+    On CUDA torch multiplies by 1/6 as a float32, also in float64.
+    """
+    return input.elementwise(0.0, SINGLE_SIXTH)
+
+
+by_attributes(hardsigmoid, nn.Hardsigmoid)
+
+
+@lipschitz_rule(F.softshrink)
+def softshrink(input: Signal, lambd: float = 0.5) -> Signal:
+    """Slopes 0 around the origin and 1 beyond; it jumps where ``lambd`` is negative."""
+    if number(lambd) < 0:
+        raise UnsupportedModel(f"Softshrink with lambd={lambd} is not continuous")
+    return input.elementwise(0.0, 1.0)
+
+
+by_attributes(softshrink, nn.Softshrink, attributes="lambd")
+
+
+@lipschitz_rule(
+    operator.abs, torch.abs, torch.abs_, torch.absolute, "abs", "abs_", "absolute", "absolute_"
+)
+def absolute(input: Signal) -> Signal:
+    """Slopes -1 and 1."""
+    return input.elementwise(-1.0, 1.0)
 
 
 @lipschitz_rule(MaxMin)
 def maxmin(module: MaxMin, x: Signal) -> Signal:
     """Everywhere a permutation of the entries."""
     return x.scaled()
+
+
+@lipschitz_rule(torch.sort, "sort")
+def sort(input: Signal, dim: int = -1, descending: bool = False, *, stable: bool = False) -> Any:
+    """Everywhere a permutation of the entries; where each came from is not continuous."""
+    if dim % len(input.shape) == 0:
+        raise UnsupportedModel("sorting the samples of a batch")
+    pair: Any = (input.scaled(), input.scaled(math.inf))
+    return torch.return_types.sort(pair)

@@ -14,7 +14,7 @@ from certify.rules.registry import lipschitz_rule
 from certify.signal import Signal, UnsupportedModel, side_by_side, total
 
 
-@lipschitz_rule(operator.add, operator.iadd, torch.add, "add", "add_")
+@lipschitz_rule(operator.add, torch.add, "add", "add_")
 def add(x: Any, y: Any, *, alpha: float = 1) -> Signal:
     """``Lip(f + g) <= Lip f + Lip g``; a constant changes nothing."""
     refuse_repetition(x, y)
@@ -25,15 +25,13 @@ def add(x: Any, y: Any, *, alpha: float = 1) -> Signal:
     return total([x, y]) if isinstance(x, Signal) else y
 
 
-@lipschitz_rule(
-    operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract", "subtract_"
-)
+@lipschitz_rule(operator.sub, torch.sub, torch.subtract, "sub", "sub_", "subtract", "subtract_")
 def subtract(x: Any, y: Any, *, alpha: float = 1) -> Signal:
     """As `add`, of ``-y``."""
     return add(x, y, alpha=-alpha)
 
 
-@lipschitz_rule(torch.rsub, "__rsub__")
+@lipschitz_rule(torch.rsub)
 def subtract_from(x: Any, y: Any, *, alpha: float = 1) -> Signal:
     """``y - alpha x``."""
     return add(y, x, alpha=-alpha)
@@ -45,9 +43,7 @@ def negate(x: Signal) -> Signal:
     return multiply(x, -1)
 
 
-@lipschitz_rule(
-    operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"
-)
+@lipschitz_rule(operator.mul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_")
 def multiply(x: Any, y: Any) -> Signal:
     """By a constant: the largest of its entries. A product of two signals has no constant."""
     if isinstance(x, Signal) and isinstance(y, Signal):
@@ -61,7 +57,7 @@ def multiply(x: Any, y: Any) -> Signal:
 
 
 @lipschitz_rule(
-    operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide,
+    operator.truediv, torch.div, torch.divide, torch.true_divide,
     "div", "div_", "divide", "true_divide",
 )  # fmt: skip
 def divide(x: Any, y: Any, *, rounding_mode: None = None) -> Signal:

@@ -42,12 +42,6 @@ def unchanged(x: Signal, *, memory_format: Any = None) -> Signal:
     return x
 
 
-@lipschitz_rule(torch.detach, "detach")
-def detach(x: Signal) -> Signal:
-    """The same numbers; that they have no gradient is nothing to a bound."""
-    return x
-
-
 @lipschitz_rule(torch.flatten, "flatten")
 def flatten(x: Signal, start_dim: int = 0, end_dim: int = -1) -> Signal:
     """A reshape within each sample."""
@@ -116,7 +110,7 @@ def unsqueeze(x: Signal, dim: int) -> Signal:
 @lipschitz_rule(torch.permute, "permute")
 def permute(x: Signal, *dims: Any) -> Signal:
     """Permute the axes, the batch's staying first."""
-    order = tuple(dims[0]) if dims and isinstance(dims[0], (tuple, list)) else dims
+    order = _listed(dims)
     if order[0] % len(x.shape) != 0:
         raise UnsupportedModel("moving the batch axis")
     return x.scaled()
@@ -261,13 +255,37 @@ def repeat_interleave(x: Signal, repeats: Any, dim: Any = None) -> Signal:
     """Each entry so many times."""
     if not isinstance(repeats, int) or dim is None or dim % len(x.shape) == 0:
         raise UnsupportedModel("repeat_interleave other than by a number along an axis of a sample")
-    return x.scaled(math.sqrt(repeats) * (1 + 2**-50))
+    return _repeated(x, repeats)
 
 
-@lipschitz_rule("expand", "repeat", "tile", torch.tile)
-def repeat(x: Signal, *sizes: Any) -> Signal:
-    """Copies of entries: by the sizes before and after, which the walker knows."""
-    raise UnsupportedModel("expand, repeat and tile copy entries; use repeat_interleave or cat")
+@lipschitz_rule("expand")
+def expand(x: Signal, *sizes: Any) -> Signal:
+    """Axes of length one are repeated; each entry so many times."""
+    wanted = _listed(sizes)
+    missing = len(wanted) - len(x.shape)
+    if missing or wanted[0] not in (-1, x.shape[0]):
+        raise UnsupportedModel("expanding the batch axis, or in front of it")
+    pairs = list(zip(x.shape, wanted, strict=True))[1:]
+    return _repeated(x, math.prod(new for old, new in pairs if old == 1 and new > 1))
+
+
+@lipschitz_rule("repeat", "tile", torch.tile)
+def repeat(x: Signal, *repeats: Any) -> Signal:
+    """Each entry the product of the repeats times."""
+    counts = _listed(repeats)
+    if len(counts) > len(x.shape) or (len(counts) == len(x.shape) and counts[0] != 1):
+        raise UnsupportedModel("repeating the batch axis, or in front of it")
+    return _repeated(x, math.prod(counts))
+
+
+def _repeated(x: Signal, times: int) -> Signal:
+    return x.scaled(math.sqrt(times) * (1 + 2**-50) if times > 1 else 1.0)
+
+
+def _listed(arguments: tuple[Any, ...]) -> tuple[int, ...]:
+    """Integers given one by one, or as one sequence."""
+    one = arguments[0] if len(arguments) == 1 else arguments
+    return tuple(one) if isinstance(one, (tuple, list)) else (one,)
 
 
 @lipschitz_rule("size")
@@ -276,7 +294,7 @@ def size(x: Signal, dim: int | None = None) -> Any:
     return torch.Size(x.shape) if dim is None else x.shape[dim]
 
 
-@lipschitz_rule("dim", "ndimension", torch.Tensor.dim)
+@lipschitz_rule("dim", "ndimension")
 def dim(x: Signal) -> int:
     """A number of axes."""
     return len(x.shape)
@@ -286,12 +304,6 @@ def dim(x: Signal) -> int:
 def numel(x: Signal) -> int:
     """A number of entries."""
     return math.prod(x.shape)
-
-
-@lipschitz_rule("is_floating_point", torch.is_floating_point)
-def is_floating_point(x: Signal) -> bool:
-    """Signals are of real numbers."""
-    return True
 
 
 @lipschitz_rule(getattr)

@@ -7,10 +7,18 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from certify import UnsupportedModel
 from models import Normalize
-from tests.certify.rules.harness import NOISE, Case, certify, check, gain, trained
+from tests.certify.rules.harness import NOISE, Case, certify, check, gain, on, trained
+
+ONES = torch.ones(3, dtype=torch.float64)
+MATRIX = torch.tensor([[0.5, 2.0, 1.0], [-3.0, 1.0, 0.0]], dtype=torch.float64)
+KERNELS = {
+    axes: torch.linspace(-1, 2, 6 * 2**axes, dtype=torch.float64).reshape(3, 2, *[2] * axes)
+    for axes in (1, 2, 3)
+}
 
 CASES = [
     Case("linear", (nn.Linear,), lambda: nn.Linear(5, 4), (5,)),
@@ -71,6 +79,78 @@ CASES = [
     ),
     Case("normalise", (Normalize,), lambda: Normalize([0.1, 0.2], [0.5, 0.2]), (2, 3, 3)),
     Case("normalise all", (Normalize,), lambda: Normalize([0.1], [0.25]), (3, 2, 2)),
+    Case("F.linear", (F.linear,), on(lambda x: F.linear(x, MATRIX)), (3,)),
+    Case("conv 1d", (nn.Conv1d,), lambda: nn.Conv1d(2, 3, 3, 2, 1), (2, 7), 1.5),
+    Case("conv 3d", (nn.Conv3d,), lambda: nn.Conv3d(1, 2, 2, 2), (1, 4, 4, 4)),
+    Case("F.conv1d", (F.conv1d,), on(lambda x: F.conv1d(x, KERNELS[1], stride=2)), (2, 4)),
+    Case("F.conv2d", (F.conv2d,), on(lambda x: F.conv2d(x, KERNELS[2], stride=2)), (2, 4, 4)),
+    Case("F.conv3d", (F.conv3d,), on(lambda x: F.conv3d(x, KERNELS[3], stride=2)), (2, 4, 4, 2)),
+    *[
+        Case(
+            kind.__name__,
+            (kind,),
+            lambda kind=kind: kind(4, 2, 3, stride=2, padding=1, output_padding=1, groups=2),
+            (4, *(3,) * axes),
+            3.0,
+        )
+        for axes, kind in enumerate(
+            (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), start=1
+        )
+    ],
+    *[
+        Case(
+            f"F.{function.__name__}",
+            (function,),
+            on(lambda x, function=function, axes=axes: function(x, KERNELS[axes], stride=2)),
+            (3, *(2,) * axes),
+        )
+        for axes, function in enumerate(
+            (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), start=1
+        )
+    ],
+    Case("norm 3d", (nn.BatchNorm3d,), lambda: trained(nn.BatchNorm3d(2)), (2, 2, 1, 2)),
+    Case(
+        "norm after transposed conv",
+        (nn.ConvTranspose2d, nn.BatchNorm2d),
+        lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2, 2), trained(nn.BatchNorm2d(3))),
+        (2, 2, 2),
+    ),
+    Case(
+        "normalise before grouped conv",
+        (Normalize, nn.Conv2d),
+        lambda: nn.Sequential(
+            Normalize([0.1, 0.2, 0.3, 0.4], [0.5, 0.2, 0.1, 0.3]),
+            nn.Conv2d(4, 2, 2, 2, groups=2),
+        ),
+        (4, 4, 4),
+    ),
+    Case(
+        "normalise before transposed conv",
+        (Normalize, nn.ConvTranspose2d),
+        lambda: nn.Sequential(
+            Normalize([0.1, 0.2], [0.5, 0.2]), nn.ConvTranspose2d(2, 2, 2, 2, groups=2)
+        ),
+        (2, 2, 2),
+    ),
+    Case(
+        "F.batch_norm",
+        (F.batch_norm,),
+        on(lambda x: F.batch_norm(x, ONES, 0.3 * ONES, -2.0 * ONES)),
+        (3, 2),
+    ),
+    Case(
+        "linear after linear",  # one matrix
+        (nn.Linear,),
+        lambda: nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 6), nn.Linear(6, 2)),
+        (6,),
+    ),
+    Case(
+        "conv after conv without padding",
+        (nn.Conv2d,),
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 2, 2), nn.Conv2d(3, 2, 2, 2)),
+        (1, 4, 4),
+        1.8,
+    ),
 ]
 
 

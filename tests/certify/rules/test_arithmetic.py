@@ -17,6 +17,12 @@ def added_in_place(x: Tensor) -> Tensor:
     return y
 
 
+CHANNELS = torch.tensor([[0.5], [-3.0]], dtype=torch.float64)
+ENTRIES = torch.tensor([[0.5, 2.0, -3.0], [1.0, 0.25, 0.125]], dtype=torch.float64)
+COLUMNS = torch.tensor([[0.5, 2.0], [-3.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+ZERO = torch.zeros((), dtype=torch.float64)
+
+
 CASES = [
     Case("x + x", (operator.add,), on(lambda x: x + x), (4,)),
     Case("x + constant", (operator.add,), on(lambda x: x + 3.0), (4,)),
@@ -26,6 +32,74 @@ CASES = [
     Case("torch.add", (torch.add,), on(lambda x: torch.add(x, x)), (4,)),
     Case("add method", ("add",), on(lambda x: x.add(x)), (4,)),
     Case("add_ method", ("add_",), on(lambda x: (x + 0.0).add_(x)), (4,)),
+    *[
+        Case(f"{name} of a constant", (key,), on(lambda x, f=f: f(x, CHANNELS)), (2, 3))
+        for name, key, f in (
+            ("-", operator.sub, lambda x, c: x - c),
+            ("torch.sub", torch.sub, lambda x, c: torch.sub(x, c)),
+            ("torch.subtract", torch.subtract, lambda x, c: torch.subtract(x, c)),
+            ("sub", "sub", lambda x, c: x.sub(c)),
+            ("sub_", "sub_", lambda x, c: (x + 0).sub_(c)),
+            ("subtract", "subtract", lambda x, c: x.subtract(c)),
+            ("subtract_", "subtract_", lambda x, c: (x + 0).subtract_(c)),
+            ("torch.rsub", torch.rsub, lambda x, c: torch.rsub(x, c)),
+            ("*", operator.mul, lambda x, c: x * c),
+            ("torch.mul", torch.mul, lambda x, c: torch.mul(c, x)),
+            ("torch.multiply", torch.multiply, lambda x, c: torch.multiply(x, c)),
+            ("mul", "mul", lambda x, c: x.mul(c)),
+            ("mul_", "mul_", lambda x, c: (x + 0).mul_(c)),
+            ("multiply", "multiply", lambda x, c: x.multiply(c)),
+            ("multiply_", "multiply_", lambda x, c: (x + 0).multiply_(c)),
+            ("/", operator.truediv, lambda x, c: x / c),
+            ("torch.div", torch.div, lambda x, c: torch.div(x, c)),
+            ("torch.divide", torch.divide, lambda x, c: torch.divide(x, c)),
+            ("torch.true_divide", torch.true_divide, lambda x, c: torch.true_divide(x, c)),
+            ("div", "div", lambda x, c: x.div(c)),
+            ("div_", "div_", lambda x, c: (x + 0).div_(c)),
+            ("divide", "divide", lambda x, c: x.divide(c)),
+            ("true_divide", "true_divide", lambda x, c: x.true_divide(c)),
+        )
+    ],
+    Case("constant - x", (operator.sub,), on(lambda x: 1.0 - x), (3,)),
+    Case("constant * x", (operator.mul,), on(lambda x: -3 * x), (3,)),
+    Case("x + alpha x", (torch.add,), on(lambda x: torch.add(x, x, alpha=-3)), (3,), 2.1),
+    Case("x - alpha x", (torch.sub,), on(lambda x: torch.sub(x, torch.tanh(x), alpha=-2)), (3,)),
+    Case("factors by entry", (operator.mul,), on(lambda x: x * ENTRIES), (2, 3)),
+    Case("divisors by entry", (operator.truediv,), on(lambda x: x / ENTRIES), (2, 3)),
+    *[
+        Case(name, (key,), on(f), (3,))
+        for name, key, f in (
+            ("-x", operator.neg, lambda x: -x),
+            ("torch.neg", torch.neg, lambda x: torch.neg(x)),
+            ("torch.negative", torch.negative, lambda x: torch.negative(x)),
+            ("neg", "neg", lambda x: x.neg()),
+            ("neg_", "neg_", lambda x: (x + 0).neg_()),
+            ("negative", "negative", lambda x: x.negative()),
+        )
+    ],
+    *[
+        Case(name, (key,), on(f), (3,), 1.5)
+        for name, key, f in (
+            ("torch.maximum", torch.maximum, lambda x: torch.maximum(x, 2 * x)),
+            ("torch.minimum", torch.minimum, lambda x: torch.minimum(x, x.flip(1))),
+            ("torch.fmax", torch.fmax, lambda x: torch.fmax(x, -x)),
+            ("torch.fmin", torch.fmin, lambda x: torch.fmin(-x, x)),
+            ("maximum", "maximum", lambda x: x.maximum(-x)),
+            ("minimum", "minimum", lambda x: x.minimum(-x)),
+            ("maximum with a constant", torch.maximum, lambda x: torch.maximum(x, ZERO)),
+        )
+    ],
+    *[
+        Case(name, (key,), on(f), (3,))
+        for name, key, f in (
+            ("torch.matmul", torch.matmul, lambda x: torch.matmul(x, COLUMNS)),
+            ("@", operator.matmul, lambda x: x @ COLUMNS),
+            ("mm", "mm", lambda x: x.mm(COLUMNS)),
+            ("torch.mm", torch.mm, lambda x: torch.mm(x, COLUMNS)),
+            ("matmul", "matmul", lambda x: x.matmul(COLUMNS)),
+            ("addmm", torch.addmm, lambda x: torch.addmm(ZERO, x, COLUMNS, alpha=-2.5)),
+        )
+    ],
 ]
 
 
@@ -48,4 +122,7 @@ def test_sums_of_signals_and_repeated_use() -> None:
             return self.linear(torch.tanh(self.linear(x)))
 
     once = certify(linear, (3,))[1]
-    assert certify(Twice(), (3,))[1] == pytest.approx(once**2, rel=1e-9)
+    square = nn.Linear(3, 3)
+    square.weight.data = linear.weight.data.double() @ linear.weight.data.double()
+    twice = certify(square, (3,))[1]  # half the norm of the square, half the square of the norm
+    assert certify(Twice(), (3,))[1] == pytest.approx((twice + once**2) / 2, rel=1e-6)

@@ -99,18 +99,13 @@ def test_random_networks(seed: int) -> None:
         (nn.Softplus(threshold=1e6), (3,), "overflows"),
         (nn.Softplus(beta=-1.0, threshold=40.0), (3,), "beta"),
         (nn.LeakyReLU(math.nan), (3,), "NaN"),
-        (nn.AvgPool2d(2, ceil_mode=True), (1, 5, 5), "border"),
-        (nn.AvgPool2d(3, padding=1, count_include_pad=False), (1, 6, 6), "border"),
         (nn.AvgPool2d(2), (4, 4), r"\(N, C, H, W\)"),
         (nn.Conv2d(3, 2, 1), (4, 4), r"\(N, C, H, W\)|does not fit"),
-        (nn.AdaptiveAvgPool2d(2), (1, 5, 4), "windows overlap"),
-        (nn.AdaptiveAvgPool2d(0), (1, 4, 4), "windows overlap"),
-        (Apply(lambda x: torch.add(x, x, alpha=3)), (3,), "alpha"),
+        (nn.AdaptiveAvgPool2d(0), (1, 4, 4), "without any windows"),
         (Apply(lambda x: x[:, :1] + x), (3,), "repeats entries"),
         (Apply(lambda x: x + torch.ones(2, 1, 3)), (3,), "other samples|repeats entries"),
-        (Apply(lambda x: F.pad(x, (1, 1), mode="reflect")), (2, 3), "mode='reflect'"),
         (Apply(lambda x: F.pad(x, (0, 0, 0, 0))), (2,), "batch axis"),
-        (Apply(lambda x: x[:, None]), (2,), "slices"),
+        (Apply(lambda x: x[None, :, 0]), (2,), "slices|other samples"),
         (Apply(lambda x: x[:, [0, 0, 0]]), (2,), "slices"),
         (Apply(lambda x: x[0:]), (2,), "slices"),
         (Apply(lambda x: x[..., 0:, :]), (2,), "slices"),
@@ -136,9 +131,9 @@ def test_second_registration_is_an_error() -> None:
 def test_users_can_add_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     class Triple(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return 3.0 * x
+            return 3.0 * x.cumsum(1) / x.cumsum(1) * x
 
-    with pytest.raises(UnsupportedModel, match=r"no Lipschitz rule for _operator.mul"):
+    with pytest.raises(UnsupportedModel, match=r"no Lipschitz rule for tensor method 'cumsum'"):
         certify(Triple(), (2,))
 
     monkeypatch.setitem(RULES, Triple, None)  # restored after the test
@@ -153,7 +148,7 @@ def test_users_can_add_rules(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Quadruple(Triple):
         def forward(self, x: Tensor) -> Tensor:
-            return 4.0 * x
+            return 4.0 * x.cumsum(1)
 
-    with pytest.raises(UnsupportedModel, match="mul"):  # a rule is not inherited
+    with pytest.raises(UnsupportedModel, match="cumsum"):  # a rule is not inherited
         certify(Quadruple(), (2,))

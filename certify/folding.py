@@ -1,0 +1,58 @@
+"""Copies of models in which weights that older torch functions compute in hooks are plain."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from certify.signal import UnsupportedModel
+
+
+def copy_with_plain_weights(model: nn.Module) -> nn.Module:
+    """Copy a model; weights of ``weight_norm``, ``spectral_norm`` and ``prune`` become parameters.
+
+    The functions of ``torch.nn.utils`` that do not use ``parametrize`` set the weight in a hook
+    before each forward. In the copy it is what that hook would set in evaluation.
+
+    Raises:
+        UnsupportedModel: a model that cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name in _hooked(module):
+            value = vars(module).get(name)  # a result of the last forward, with its history
+            if isinstance(value, Tensor):
+                memo[id(value)] = value.detach().clone()
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be copied; does it keep tensors of a forward pass? "
+            "Delete or detach them"
+        ) from error
+    copied.eval()
+    for module in copied.modules():
+        for name, hook in _hooked(module).items():
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, name)
+            else:
+                prune.remove(module, name)
+    return copied
+
+
+def _hooked(module: nn.Module) -> dict[str, Any]:
+    """Names of the weights that hooks of torch's own set, with these hooks."""
+    found: dict[str, Any] = {}
+    for hook in module._forward_pre_hooks.values():
+        if type(hook) in (WeightNorm, SpectralNorm):
+            found[hook.name] = hook
+        elif isinstance(hook, prune.BasePruningMethod):
+            found[hook._tensor_name] = hook
+    return found

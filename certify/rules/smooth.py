@@ -1,0 +1,230 @@
+"""Functions of each entry whose slope changes gradually.
+
+A difference quotient is a mean of slopes, so their infimum and supremum are its ends. Decimal
+constants are rounded outward; the tests prove those without a closed form.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from certify.rules.activations import SINGLE_SIXTH, number
+from certify.rules.registry import by_attributes, lipschitz_rule
+from certify.signal import Signal, UnsupportedModel
+
+
+@lipschitz_rule(torch.tanh, torch.tanh_, "tanh", "tanh_")
+def tanh(input: Signal) -> Signal:
+    """The slope is ``1 - t^2`` where ``t`` is the value."""
+    return input.elementwise(0.0, 1.0)
+
+
+by_attributes(tanh, nn.Tanh)
+
+
+@lipschitz_rule(F.tanhshrink)
+def tanhshrink(input: Signal) -> Signal:
+    """``x - tanh(x)``, with slope ``tanh(x)^2``."""
+    return input.elementwise(0.0, 1.0)
+
+
+by_attributes(tanhshrink, nn.Tanhshrink)
+
+
+@lipschitz_rule(torch.sigmoid, torch.sigmoid_, torch.special.expit, "sigmoid", "sigmoid_")
+def sigmoid(input: Signal) -> Signal:
+    """The slope ``s (1 - s)`` is at most 1/4."""
+    return input.elementwise(0.0, 0.25)
+
+
+by_attributes(sigmoid, nn.Sigmoid)
+
+
+@lipschitz_rule(F.logsigmoid)
+def logsigmoid(input: Signal) -> Signal:
+    """``-log(1 + exp(-x))``: the slope ``1 / (1 + exp(x))`` lies between 0 and 1."""
+    return input.elementwise(0.0, 1.0)
+
+
+by_attributes(logsigmoid, nn.LogSigmoid)
+
+
+@lipschitz_rule(F.softplus)
+def softplus(input: Signal, beta: float = 1.0, threshold: float = 20.0) -> Signal:
+    """The slope is a sigmoid, at most 1.
+
+    Above ``threshold`` torch returns ``x`` itself: a jump by ``log(1 + exp(-threshold)) / beta``,
+    which is below float64's rounding of a number of that size only from 34 on. Below the threshold
+    it takes ``exp(beta x)``, which from 88 on is infinite in float32.
+    """
+    if not (0 < number(beta) < math.inf and 34 <= number(threshold) <= 88):
+        raise UnsupportedModel(
+            f"Softplus(beta={beta}, threshold={threshold}) jumps or overflows at its "
+            "threshold; use beta > 0 and threshold=40, the same function without that"
+        )
+    return input.elementwise(0.0, 1.0)
+
+
+by_attributes(softplus, nn.Softplus, attributes="beta threshold")
+
+
+@lipschitz_rule(F.softsign)
+def softsign(input: Signal) -> Signal:
+    """``x / (1 + |x|)``: the slope ``1 / (1 + |x|)^2`` is at most 1."""
+    return input.elementwise(0.0, 1.0)
+
+
+by_attributes(softsign, nn.Softsign)
+
+
+@lipschitz_rule(F.elu)
+def elu(input: Signal, alpha: float = 1.0, inplace: bool = False) -> Signal:
+    """Slopes 1 above zero, ``alpha exp(x)`` below: all between 0 and ``alpha``."""
+    return input.elementwise(min(0.0, number(alpha)), max(1.0, number(alpha)))
+
+
+by_attributes(elu, nn.ELU, attributes="alpha")
+
+
+@lipschitz_rule(F.elu_)
+def elu_(input: Signal, alpha: float = 1.0) -> Signal:
+    """As `elu`; what torch takes as the third argument here is a scale."""
+    return elu(input, alpha)
+
+
+@lipschitz_rule(F.selu, torch.selu, torch.selu_)
+def selu(input: Signal, inplace: bool = False) -> Signal:
+    """``s ELU(alpha)``: as ``alpha = 1.67...`` is above 1, the slope is at most ``s alpha``."""
+    return input.elementwise(0.0, 1.758099340847377)
+
+
+by_attributes(selu, nn.SELU)
+
+
+@lipschitz_rule(F.celu, torch.celu, torch.celu_)
+def celu(input: Signal, alpha: float = 1.0, inplace: bool = False) -> Signal:
+    """``alpha (exp(x / alpha) - 1)`` below zero: slopes between 0 and 1 for positive alpha.
+
+    With a negative one the slope is not bounded. The limits keep torch's ``1 / alpha`` from
+    overflow.
+    """
+    if not 1e-300 < number(alpha) < 1e300:
+        raise UnsupportedModel(f"CELU with alpha={alpha}; expected a positive number")
+    return input.elementwise(0.0, 1.0)
+
+
+by_attributes(celu, nn.CELU, attributes="alpha")
+
+
+@lipschitz_rule(F.gelu)
+def gelu(input: Signal, approximate: str = "none") -> Signal:
+    r"""Slopes slightly below 0 and above 1.
+
+    ``x Phi(x)`` has the slope ``g = Phi(x) + x phi(x)`` with ``g(-x) = 1 - g(x)``. Its derivative
+    ``phi(x) (2 - x^2)`` vanishes at ``sqrt(2)``, where ``g = (1 + erf 1) / 2 + 1 / (e sqrt(pi))``.
+
+    With ``approximate="tanh"`` it is ``x (1 + t) / 2`` with ``t = tanh(u)`` and
+    ``u = sqrt(2 / pi) (x + 0.044715 x^3)``. The slope ``(1 + t) / 2 + x (1 - t^2) u' / 2`` has the
+    same symmetry and is largest at 1.4185.
+    """
+    if approximate == "none":
+        return input.elementwise(-0.1289041451851548, 1.128904145185155)
+    if approximate == "tanh":
+        return input.elementwise(-0.12899306865877178, 1.128993068658772)
+    raise UnsupportedModel(f"GELU with approximate={approximate!r}")
+
+
+by_attributes(gelu, nn.GELU, attributes="approximate")
+
+
+@lipschitz_rule(F.silu)
+def silu(input: Signal, inplace: bool = False) -> Signal:
+    """``x s(x)`` has the slope ``g = s + x s (1 - s)`` with ``g(-x) = 1 - g(x)``.
+
+    Its derivative ``s (1 - s) (2 - x tanh(x / 2))`` vanishes at 2.39936, where ``g = 1/2 + x/4``.
+    """
+    return input.elementwise(-0.09983932012886693, 1.099839320128867)
+
+
+by_attributes(silu, nn.SiLU)
+
+
+@lipschitz_rule(F.mish)
+def mish(input: Signal, inplace: bool = False) -> Signal:
+    """``x t`` with ``t = tanh(log(1 + exp(x)))``, which torch evaluates without a threshold.
+
+    With ``w = exp(2x) + 2 exp(x) + 2`` the slope ``t + x t'`` is
+    ``1 - 2 / w + 4 x (exp(2x) + exp(x)) / w^2``, extreme at -2.2564 and 1.4906.
+    """
+    return input.elementwise(-0.11252612238946257, 1.088498161251728)
+
+
+by_attributes(mish, nn.Mish)
+
+
+@lipschitz_rule(F.hardswish)
+def hardswish(input: Signal, inplace: bool = False) -> Signal:
+    """``x relu6(x + 3) / 6``: the slope ``(2 x + 3) / 6`` between -3 and 3, 0 and 1 beyond.
+
+    The division by 6 is as in `activations.hardsigmoid`.
+    """
+    return input.elementwise(-3.0 * SINGLE_SIXTH, 9.0 * SINGLE_SIXTH)
+
+
+by_attributes(hardswish, nn.Hardswish)
+
+
+@lipschitz_rule(
+    torch.sin, torch.sin_, "sin", "sin_", torch.cos, torch.cos_, "cos", "cos_"
+)  # fmt: skip
+def sine(input: Signal) -> Signal:
+    """The slope is a sine or cosine."""
+    return input.elementwise(-1.0, 1.0)
+
+
+@lipschitz_rule(torch.sinc, torch.sinc_, torch.special.sinc, "sinc", "sinc_")
+def sinc(input: Signal) -> Signal:
+    """``sin(pi x) / (pi x)`` has the odd slope ``pi (cos z - sin(z) / z) / z``, ``z = pi x``.
+
+    It is extreme at ``x = 0.66259`` and its mirror image.
+    """
+    return input.elementwise(-1.3703055927694596, 1.3703055927694596)
+
+
+@lipschitz_rule(
+    torch.atan, torch.atan_, torch.arctan, torch.arctan_, "atan", "atan_", "arctan", "arctan_"
+)  # fmt: skip
+def atan(input: Signal) -> Signal:
+    """The slope ``1 / (1 + x^2)`` is at most 1."""
+    return input.elementwise(0.0, 1.0)
+
+
+@lipschitz_rule(
+    torch.asinh, torch.asinh_, torch.arcsinh, torch.arcsinh_, "asinh", "asinh_", "arcsinh",
+    "arcsinh_",
+)  # fmt: skip
+def asinh(input: Signal) -> Signal:
+    """The slope ``1 / sqrt(1 + x^2)`` is at most 1."""
+    return input.elementwise(0.0, 1.0)
+
+
+@lipschitz_rule(torch.erf, torch.erf_, torch.special.erf, "erf", "erf_")
+def erf(input: Signal) -> Signal:
+    """The slope ``2 exp(-x^2) / sqrt(pi)`` is largest at 0."""
+    return input.elementwise(0.0, 1.1283791670955128)
+
+
+@lipschitz_rule(torch.erfc, torch.erfc_, torch.special.erfc, "erfc", "erfc_")
+def erfc(input: Signal) -> Signal:
+    """``1 - erf(x)``."""
+    return input.elementwise(-1.1283791670955128, 0.0)
+
+
+@lipschitz_rule(torch.special.ndtr)
+def ndtr(input: Signal) -> Signal:
+    """The normal distribution's slope ``exp(-x^2 / 2) / sqrt(2 pi)`` is largest at 0."""
+    return input.elementwise(0.0, 0.3989422804014327)
