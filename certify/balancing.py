@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +67,12 @@ def scale_layouts(output: Signal) -> dict[Signal, _Layout]:
         layouts[signal] = _layout(signal, [layouts[parent] for parent in signal.parents])
     _fix(layouts[output])
     return layouts
+
+
+def free_parts(layouts: Mapping[Signal, _Layout]) -> list[_Part]:
+    """Return the parts whose factors may be chosen."""
+    roots = (part.root() for layout in layouts.values() for part, _ in layout)
+    return list({id(root): root for root in roots if not root.fixed}.values())
 
 
 def _layout(signal: Signal, before: list[_Layout]) -> _Layout:
@@ -130,14 +135,7 @@ def balancing_scales(
         nothing to choose.
     """
     layouts = scale_layouts(output)
-    free = list(
-        {
-            id(part.root()): part.root()
-            for layout in layouts.values()
-            for part, _ in layout
-            if not part.root().fixed
-        }.values()
-    )
+    free = free_parts(layouts)
     if not free:
         return {}
     light = _in_single_precision(output)
@@ -146,13 +144,18 @@ def balancing_scales(
     logs = {id(part): torch.zeros(part.size, device=device, requires_grad=True) for part in free}
     optimizer = torch.optim.Adam(logs.values(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    vectors: list[Tensor] = []
+    estimator: _Estimator | None = None
     with torch.enable_grad():
         for _ in range(steps):
-            scales = {images[signal]: factors for signal, factors in _scales(layouts, logs).items()}
+            scales = {
+                images[signal]: factors for signal, factors in signal_scales(layouts, logs).items()
+            }
             bounding = Bounding(light, scales=scales)
             operators = weighted(bounding.operators())
-            norms = _estimates([operator.kernel() for operator in operators], vectors)
+            kernels = [operator.kernel() for operator in operators]
+            if estimator is None:
+                estimator = _Estimator([kernel.detach() for kernel in kernels])
+            norms = estimator(kernels)
             known = dict(zip(operators, norms, strict=True))
             loss = bounding.evaluate(known.__getitem__)[light].log()
             if not bool(loss.isfinite()):
@@ -165,10 +168,12 @@ def balancing_scales(
                 for log in logs.values():
                     log.clamp_(-_LARGEST, _LARGEST)
     found = {key: log.detach().to(torch.float64) for key, log in logs.items()}
-    return _scales(layouts, found)
+    return signal_scales(layouts, found)
 
 
-def _scales(layouts: Mapping[Signal, _Layout], logs: Mapping[int, Tensor]) -> dict[Signal, Tensor]:
+def signal_scales(
+    layouts: Mapping[Signal, _Layout], logs: Mapping[int, Tensor]
+) -> dict[Signal, Tensor]:
     """Factors of all signals that have a free part."""
     scales = {}
     some = next(iter(logs.values()))
@@ -187,40 +192,45 @@ def _scales(layouts: Mapping[Signal, _Layout], logs: Mapping[int, Tensor]) -> di
     return scales
 
 
-def _estimates(kernels: Sequence[Tensor], vectors: list[Tensor]) -> list[Tensor]:
-    """Estimate the norms of unit-stride kernels, one step of power iteration on a periodic grid.
+class _Estimator:
+    """Estimates of the norms of unit-stride kernels, a step of power iteration a call.
 
-    Args:
-        kernels: ``(groups, m, n, h, w)``.
-        vectors: where the last call ended; filled by the first.
+    Convolutions are applied on a small periodic grid. A little noise keeps the iteration from
+    staying with a direction that is no longer the largest.
     """
-    if not vectors:
-        generator = torch.Generator().manual_seed(0)
+
+    def __init__(self, kernels: Sequence[Tensor]) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._vectors = []
         for kernel in kernels:
             groups, _, inputs, *taps = kernel.shape
             grid = [1 if size == 1 else max(_GRID, size) for size in taps]
-            start = torch.randn(1, groups * inputs, *grid, generator=generator)
-            vectors.append(start.to(kernel.device))
-    norms = []
-    for index, kernel in enumerate(kernels):
-        groups, weight = kernel.shape[0], kernel.flatten(0, 1)
+            self._vectors.append(self._noise((1, groups * inputs, *grid), kernel))
+
+    def __call__(self, kernels: Sequence[Tensor]) -> list[Tensor]:
+        return [self._step(index, kernel) for index, kernel in enumerate(kernels)]
+
+    def _step(self, index: int, kernel: Tensor) -> Tensor:
+        weight, groups = kernel.flatten(0, 1), kernel.shape[0]
         pads = [amount for size in reversed(kernel.shape[3:]) for amount in (size - 1, 0)]
 
-        def apply(
-            x: Tensor, weight: Tensor = weight, groups: int = groups, pads: Any = pads
-        ) -> Tensor:
+        def apply(x: Tensor, weight: Tensor) -> Tensor:
             return F.conv2d(F.pad(x, pads, mode="circular"), weight, groups=groups)
 
-        with torch.no_grad():
-            right = vectors[index].requires_grad_(False)
-        probe = right.clone().requires_grad_()
-        with torch.enable_grad():
-            image = apply(probe, weight.detach())
-        left = image.detach() / image.detach().norm().clamp_min(1e-30)
-        (back,) = torch.autograd.grad(image, probe, left)
-        vectors[index] = back / back.norm().clamp_min(1e-30)
-        norms.append((apply(vectors[index]) * left).sum().to(torch.float64))
-    return norms
+        right = self._vectors[index]
+        right = _unit(right + 0.03 * self._noise(tuple(right.shape), right)).requires_grad_()
+        image = apply(right, weight.detach())
+        left = _unit(image.detach())
+        (back,) = torch.autograd.grad(image, right, left)
+        self._vectors[index] = _unit(back)
+        return (apply(self._vectors[index], weight) * left).sum().to(torch.float64)
+
+    def _noise(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        return _unit(torch.randn(shape, generator=self._generator)).to(like)
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return vector / vector.norm().clamp_min(1e-30)
 
 
 def _in_single_precision(output: Signal) -> Signal:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -256,34 +257,51 @@ class Bounding:
         return self._sums[signal]
 
     def _join_branches(self, parents: Sequence[Signal]) -> _Joined | None:
-        """Find branches that can be expanded down to a tensor that another one starts from."""
-        starts = []
-        for parent in parents:
-            affine = isinstance(parent.step, Affine) and not isinstance(
-                self.operator(parent), Scale
-            )
-            starts.append(parent.parents[0] if affine else parent)
+        """Expand branches down to the first tensor that another branch comes from too."""
+        branches = [self._expansions(parent) for parent in parents]
         result = _Joined()
-        for index, (parent, start) in enumerate(zip(parents, starts, strict=True)):
-            others = {s for k, s in enumerate(starts) if k != index}
-            if parent is start:  # no affine step of its own
-                result.put(start, None, 1.0)
-                continue
-            operator: Operator = self.operator(parent)
-            factor, rests = 1.0, []
-            while start not in others:
-                expansion = self._expand(operator, start)
-                if expansion is None:
-                    break
-                product, middle, start, center, spread = expansion
-                rests.append((operator, middle, factor * spread))
-                operator, factor = product, factor * center
-            if start in others:
-                result.put(start, operator, factor)
-                result.rests += rests
-            else:
+        for index, (parent, states) in enumerate(zip(parents, branches, strict=True)):
+            others = {
+                state.start
+                for other, found in enumerate(branches)
+                if other != index
+                for state in found
+            }
+            chosen = next((state for state in states if state.start in others), None)
+            if chosen is None:
                 result.alone.append(parent)
+            else:
+                result.terms.setdefault(chosen.start, []).append((chosen.operator, chosen.factor))
+                result.rests += chosen.rests
         return result if result.close() else None
+
+    def _expansions(self, branch: Signal) -> list[_Expanded]:
+        """A branch as it is, and expanded once, twice, ... over slopes."""
+        if not isinstance(branch.step, Affine) or isinstance(self.operator(branch), Scale):
+            return [_Expanded(branch, None, 1.0, ())]
+        states = [_Expanded(branch.parents[0], self.operator(branch), 1.0, ())]
+        while len(states) <= _MOST_EXPANSIONS:
+            last = states[-1]
+            assert last.operator is not None
+            expansion = self._expand(last.operator, last.start)
+            if expansion is None:
+                break
+            product, middle, start, center, spread = expansion
+            rests = (*last.rests, (last.operator, middle, last.factor * spread))
+            states.append(_Expanded(start, product, last.factor * center, rests))
+        return states
+
+
+_MOST_EXPANSIONS = 3
+
+
+class _Expanded(NamedTuple):
+    """``factor * operator`` (``None``: the identity) applied to ``start``, and remainders."""
+
+    start: Signal
+    operator: Operator | None
+    factor: float
+    rests: tuple[tuple[Operator, Signal, float], ...]
 
 
 class _Joined:
@@ -294,10 +312,6 @@ class _Joined:
         self.rests: list[tuple[Operator, Signal, float]] = []
         self.alone: list[Signal] = []
         self.joint: list[tuple[Signal, Operator]] = []
-
-    def put(self, source: Signal, operator: Operator | None, factor: float) -> None:
-        """Add ``factor * operator`` (``None``: the identity) applied to ``source``."""
-        self.terms.setdefault(source, []).append((operator, factor))
 
     def close(self) -> bool:
         """Form the joint operators; false if there is nothing to join."""

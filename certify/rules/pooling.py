@@ -101,10 +101,17 @@ def _average_pooling(axes: int, module: type) -> None:
         check_axes(input, axes)
         kernel, steps, padded = _options(axes, kernel_size, stride, padding)
         if not ceil_mode and (count_include_pad or divisor_override is not None or not any(padded)):
-            taps = 1.0 / (math.prod(kernel) if divisor_override is None else divisor_override)
+            # The stride of a single window moves nothing; a long one says that no windows overlap.
+            steps = tuple(
+                step if (size + 2 * before - taps) // step else max(step, size + 2 * before)
+                for size, taps, step, before in zip(
+                    input.shape[2:], kernel, steps, padded, strict=True
+                )
+            )
+            weight = 1.0 / (math.prod(kernel) if divisor_override is None else divisor_override)
             shape = (input.shape[1], 1, *kernel)
             pool = Convolution(
-                torch.full(shape, taps, dtype=torch.float64, device=_device(input)),
+                torch.full(shape, weight, dtype=torch.float64, device=_device(input)),
                 stride=steps,
                 padding=padded,
                 dilation=(1,) * axes,
