@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -34,12 +35,14 @@ from torch import Tensor
 
 from certify.composition import add, balanced, compose, identity, masks, merge
 from certify.operators import Convolution, Matrix, Operator, Scale
+from certify.products import product_value, radius
 from certify.signal import (
     Affine,
     Concatenation,
     Flatten,
     Input,
     Lipschitz,
+    Product,
     Signal,
     Slopes,
     Sum,
@@ -84,7 +87,7 @@ def merged(output: Signal) -> Signal:
             if operator is not None:
                 step, parents = Affine(operator), parents[0].parents
         unchanged = step is signal.step and parents == signal.parents
-        new[signal] = signal if unchanged else Signal(signal.shape, step, parents, signal.name)
+        new[signal] = signal if unchanged else replace(signal, step=step, parents=parents)
     return new[output]
 
 
@@ -151,9 +154,27 @@ class Bounding:
         Args:
             norms: measures the operators.
         """
+        reach: dict[Signal, Tensor] | None = None
+        if any(isinstance(signal.step, Product) for signal in self.order):
+            reach = self._carried(norms, None)
+        return self._carried(norms, reach)
+
+    def _carried(self, norms: Norms, reach: dict[Signal, Tensor] | None) -> dict[Signal, Tensor]:
+        """Carry Lipschitz bounds, or (without ``reach``) how far signals get from their centres.
+
+        Both obey the same inequalities but for products: if ``|f(x) - f(y)| <= L |x - y|`` follows
+        from the steps, it does so for the centre of the domain in place of ``y``.
+        """
         values: dict[Signal, Tensor] = {}
         for signal in self.order:
-            values[signal] = self._value(signal, values, norms)
+            if isinstance(signal.step, Product):
+                values[signal] = product_value(signal, values, reach)
+            elif isinstance(signal.step, Input):
+                start = 1.0 if reach is not None or signal.step.domain is None else radius(signal)
+                device = signal.step.device
+                values[signal] = torch.tensor(start, dtype=torch.float64, device=device)
+            else:
+                values[signal] = self._value(signal, values, norms)
         return values
 
     def last(self, values: Mapping[Signal, Tensor], norms: Norms, measure: Measure) -> Tensor:
@@ -172,8 +193,6 @@ class Bounding:
     def _value(self, signal: Signal, values: dict[Signal, Tensor], norms: Norms) -> Tensor:
         step, parents = signal.step, signal.parents
         bounds = [values[parent] for parent in parents]
-        if isinstance(step, Input):
-            return torch.ones((), dtype=torch.float64, device=step.device)
         if isinstance(step, Affine):
             operator = self.operator(signal)
             if isinstance(operator, Scale):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from certify.bounding import Bounding, merged
 from certify.certificates import Certificate, certificate
 from certify.folding import copy_with_plain_weights
 from certify.graph import LipschitzGraph, refuse_what_tracing_misses
-from certify.norms import check_method, margin_lipschitz, proven_norms
+from certify.norms import check_method
 from certify.signal import UnsupportedModel
+from certify.tightening import bound_network
 
 
 class CertifiedModel:
@@ -30,7 +29,12 @@ class CertifiedModel:
     Args:
         model: a module that maps ``(N, *input_shape)`` to logits ``(N, C)``.
         input_shape: shape of one input, e.g. ``(1, 28, 28)``.
-        method: how convolutions are bounded, see `ff_bounds.conv2d_bound`.
+        method: how convolutions are bounded, see `ff_bounds.conv_bound`.
+        tighten: how far the bound goes beyond the product of norms, one of
+            `certify.tightening.TIGHTENINGS`.
+        domain: smallest and largest entry of an input, ``(0, 1)`` for images. Only networks that
+            multiply tensors that depend on the input (squeeze and excitation) need it; what is
+            proven then holds for perturbed inputs within the domain.
 
     Raises:
         UnsupportedModel: an operation that has no rule, or cannot have one.
@@ -47,7 +51,13 @@ class CertifiedModel:
 
     @torch.inference_mode(False)  # whose tensors cannot be watched for writes in place
     def __init__(
-        self, model: nn.Module, input_shape: Sequence[int], *, method: str = "fantastic_four"
+        self,
+        model: nn.Module,
+        input_shape: Sequence[int],
+        *,
+        method: str = "fantastic_four",
+        tighten: str = "join",
+        domain: tuple[float, float] | None = None,
     ) -> None:
         model = copy_with_plain_weights(model)
         refuse_what_tracing_misses(model)
@@ -59,15 +69,15 @@ class CertifiedModel:
         check_method(method)
         self.method = method
         self._model = model.to(torch.float64).requires_grad_(False)
-        graph = LipschitzGraph(self._model, input_shape)
+        graph = LipschitzGraph(self._model, input_shape, domain)
         self.input_shape = tuple(input_shape)
+        self.domain = domain
         self._device = graph.device
-        self._bounding = Bounding(merged(graph.walk()), join=True)
-        self._shape = self._bounding.output.shape
+        output = graph.walk()
+        self._shape = output.shape
         if len(self._shape) != 2:
             raise UnsupportedModel(f"expected logits (N, C), got shape {self._shape}")
-        self._norms = proven_norms(self._bounding.operators(), method)
-        self._values = self._bounding.evaluate(self._norms)
+        self._bound = bound_network(output, method, tighten)
 
     @property
     def model(self) -> nn.Module:
@@ -81,15 +91,11 @@ class CertifiedModel:
 
     def lipschitz(self) -> Tensor:
         """Proven Lipschitz bound of the map from input to logits, L2 to L2; float64 scalar."""
-        return _proven(self._values[self._bounding.output])
+        return _proven(self._bound.lipschitz)
 
     def margin_lipschitz(self) -> Tensor:
         """Proven Lipschitz bounds ``(C, C)`` of all differences of two logits, float64."""
-        return _proven(self._margins)
-
-    @cached_property
-    def _margins(self) -> Tensor:
-        return _proven(margin_lipschitz(self._bounding, self._values, self._norms))
+        return _proven(self._bound.margins)
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits ``(N, C)`` of inputs ``(N, *input_shape)``, in float64."""
@@ -101,9 +107,17 @@ class CertifiedModel:
         return logits
 
     def certify(self, x: Tensor) -> Certificate:
-        """Predict and certify inputs ``(N, *input_shape)``; see `certify.certificate`."""
+        """Predict and certify inputs ``(N, *input_shape)``; see `certify.certificate`.
+
+        With a ``domain`` the radii are about perturbed inputs within it.
+
+        Raises:
+            ValueError: inputs of another shape, or outside the domain.
+        """
+        if self.domain is not None and not _within(x, self.domain):
+            raise ValueError(f"expected inputs with entries in {list(self.domain)}")
         with torch.no_grad():
-            return certificate(self.logits(x), self._margins)
+            return certificate(self.logits(x), self.margin_lipschitz())
 
 
 def _proven(bound: Tensor) -> Tensor:
@@ -111,6 +125,10 @@ def _proven(bound: Tensor) -> Tensor:
     if bool(torch.isnan(bound).any()):
         raise ValueError("the Lipschitz bound is NaN; are the weights sane?")
     return bound.clone()
+
+
+def _within(x: Tensor, domain: tuple[float, float]) -> bool:
+    return bool(((x >= domain[0]) & (x <= domain[1])).all())
 
 
 def _listed(shape: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from certify.rules import REFUSALS, RULES
+from certify.rules.installed import register_installed
 from certify.signal import Input, Signal, UnsupportedModel
 
 _SCALES = (0.0, 1e-2, 1e2, 1.0, -1.0)  # of the example's entries: branches on values show up
@@ -38,14 +39,21 @@ class LipschitzGraph:
         model: any module with one tensor argument (others at their defaults) and one tensor
             result.
         input_shape: shape of one sample, without the batch.
+        domain: smallest and largest entry that an input may have; needed by products only.
 
     Raises:
         UnsupportedModel: what cannot be traced faithfully.
         ValueError: the input shape does not fit the model.
     """
 
-    def __init__(self, model: nn.Module, input_shape: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: Sequence[int],
+        domain: tuple[float, float] | None = None,
+    ) -> None:
         refuse_what_tracing_misses(model)
+        register_installed()
         tensors = chain(model.parameters(), model.buffers())
         floating = next(
             (t for t in tensors if t.is_floating_point()), torch.zeros((), dtype=torch.float64)
@@ -58,7 +66,9 @@ class LipschitzGraph:
             root = _Root(model)
             graph = _trace(root)
             shapes = _check_against_module(root, graph, example)
-            self._walker = _Walker(root, graph, shapes, self.device)
+            centres = None if domain is None else _centres(root, graph, example[:1], domain)
+            start = Input(self.device, domain)
+            self._walker = _Walker(root, graph, shapes, centres, start)
         finally:
             for module, mode in training.items():
                 module.training = mode
@@ -181,6 +191,32 @@ def _check_against_module(
     return checker.shapes
 
 
+_Centres = dict[fx.Node, list[tuple[float, float]]]
+
+
+def _centres(
+    root: _Root, graph: fx.Graph, like: Tensor, domain: tuple[float, float]
+) -> _Centres:
+    """Norms and largest entries of all tensors at the centre of the domain."""
+    centres: _Centres = {}
+
+    class Noting(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            centres[n] = [_size(leaf) for leaf in pytree.tree_leaves(result)]
+            return result
+
+    with torch.no_grad():
+        Noting(root, graph=graph).run(torch.full_like(like, (domain[0] + domain[1]) / 2.0))
+    return centres
+
+
+def _size(value: Any) -> tuple[float, float]:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
+        return 0.0, 0.0
+    return torch.linalg.vector_norm(value).item(), value.abs().amax().item()
+
+
 def _call(root: _Root, x: Tensor) -> Tensor:
     try:
         result = root(x)
@@ -266,16 +302,20 @@ class _Walker(fx.Interpreter):
         model: nn.Module,
         graph: fx.Graph,
         shapes: dict[fx.Node, list[tuple[int, ...]]],
-        device: torch.device,
+        centres: _Centres | None,
+        start: Input,
     ) -> None:
         super().__init__(model, graph=graph)
         self.extra_traceback = False
         self._known_shapes = shapes
-        self._device = device
+        self._centres = centres
+        self._start = start
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "placeholder":
-            return Signal(self._known_shapes[n][0], Input(self._device), name=n.name)
+            return Signal((), self._start).placed(
+                self._known_shapes[n][0], n.name, self._centre(n, 0)
+            )
         if n.op in ("get_attr", "output"):
             return super().run_node(n)
         if not any(_holds_signal(self.env[used]) for used in n.all_input_nodes):
@@ -293,17 +333,25 @@ class _Walker(fx.Interpreter):
         shapes = self._known_shapes[n]
         if len(shapes) != len(leaves):
             raise UnsupportedModel(f"node {_label(n)}: its rule returns {len(leaves)} results")
-        named = [self._shaped(n, *pair) for pair in zip(leaves, shapes, strict=True)]
-        return pytree.tree_unflatten(named, structure)
+        placed = [
+            self._placed(n, leaf, shape, self._centre(n, index))
+            for index, (leaf, shape) in enumerate(zip(leaves, shapes, strict=True))
+        ]
+        return pytree.tree_unflatten(placed, structure)
 
-    def _shaped(self, n: fx.Node, result: Any, shape: tuple[int, ...]) -> Any:
+    def _centre(self, n: fx.Node, index: int) -> tuple[float, float] | None:
+        return None if self._centres is None else self._centres[n][index]
+
+    def _placed(
+        self, n: fx.Node, result: Any, shape: tuple[int, ...], centre: tuple[float, float] | None
+    ) -> Any:
         if not isinstance(result, Signal):
             return result
         if not shape or shape[0] != _BATCH:
             raise UnsupportedModel(f"node {_label(n)}: the result loses the batch axis")
-        if result.name and result.shape == shape:
+        if result.name and result.shape == shape and result.centre == centre:
             return result  # the rule gave back what it got
-        return result.of_shape(shape, _label(n).strip("'"))
+        return result.placed(shape, _label(n).strip("'"), centre)
 
     def _rule(self, n: fx.Node) -> Callable[..., Any]:
         if n.op == "call_module":

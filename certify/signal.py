@@ -23,9 +23,15 @@ class UnsupportedModel(Exception):  # noqa: N818 - the name says what is wrong, 
 
 @dataclass(frozen=True, eq=False)
 class Input:
-    """The network's input, and where its bounds are computed."""
+    """The network's input.
+
+    Attributes:
+        device: where its bounds are computed.
+        domain: smallest and largest entry of an input, or ``None`` if there is no limit.
+    """
 
     device: torch.device
+    domain: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +43,16 @@ class Affine:
 
 @dataclass(frozen=True, eq=False)
 class Slopes:
-    """A function of each entry by itself whose difference quotients lie in ``[low, high]``."""
+    """A function of each entry by itself.
+
+    Attributes:
+        low, high: what its difference quotients lie between.
+        largest: bound of its absolute value.
+    """
 
     low: float
     high: float
+    largest: float = math.inf
 
     @property
     def steepest(self) -> float:
@@ -83,7 +95,18 @@ class Concatenation:
     channels: bool = False
 
 
-Step = Input | Affine | Slopes | Lipschitz | Flatten | Sum | Concatenation
+@dataclass(frozen=True, eq=False)
+class Product:
+    """The first parent times the second, entry by entry, on a bounded domain.
+
+    Attributes:
+        spread: whether entries of the second meet many of the first.
+    """
+
+    spread: bool = False
+
+
+Step = Input | Affine | Slopes | Lipschitz | Flatten | Sum | Concatenation | Product
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,30 +118,45 @@ class Signal:
         step: how it arises from its parents.
         parents: the signals that it arises from.
         name: the node of the network's graph, for reports.
+        centre: its L2 norm and its largest absolute entry where the input is the centre of its
+            domain, if it has one.
     """
 
     shape: tuple[int, ...]
     step: Step
     parents: tuple[Signal, ...] = ()
     name: str = ""
+    centre: tuple[float, float] | None = None
+
+    @property
+    def input(self) -> Input:
+        """The step that everything starts from."""
+        signal = self
+        while signal.parents:
+            signal = signal.parents[0]
+        assert isinstance(signal.step, Input)
+        return signal.step
 
     def through(self, operator: Operator) -> Signal:
         """Apply an affine map."""
         return Signal(self.shape, Affine(operator), (self,))
 
-    def elementwise(self, low: float, high: float) -> Signal:
-        """Apply a function of each entry with difference quotients in ``[low, high]``."""
+    def elementwise(self, low: float, high: float, *, largest: float = math.inf) -> Signal:
+        """Apply a function of each entry; see `Slopes`."""
         if not -math.inf < low <= high < math.inf:
             raise UnsupportedModel(f"slopes between {low} and {high} are not bounded")
-        return Signal(self.shape, Slopes(low, high), (self,))
+        return Signal(self.shape, Slopes(low, high, largest), (self,))
 
     def scaled(self, lipschitz: float | Tensor = 1.0, *, channelwise: bool = False) -> Signal:
         """Apply a map with this Lipschitz constant; see `Lipschitz`."""
         return Signal(self.shape, Lipschitz(lipschitz, channelwise), (self,))
 
-    def of_shape(self, shape: Sequence[int], name: str = "") -> Signal:
-        """Return the same signal with its shape, which rules leave to the walker."""
-        return replace(self, shape=tuple(shape), name=name or self.name)
+    def placed(
+        self, shape: Sequence[int], name: str, centre: tuple[float, float] | None
+    ) -> Signal:
+        """Return the same signal with what rules leave to the walker."""
+        place = (tuple(shape), name or self.name, centre)
+        return replace(self, shape=place[0], name=place[1], centre=place[2])
 
 
 def total(signals: Sequence[Signal]) -> Signal:

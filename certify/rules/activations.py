@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 import operator
 from typing import Any
@@ -101,7 +102,7 @@ def clamp(input: Signal, min: float | None = None, max: float | None = None) -> 
     high = math.inf if max is None else number(max)
     if low > high or low == math.inf or high == -math.inf:
         raise UnsupportedModel(f"expected min <= max to clamp between, got {low} and {high}")
-    return input.elementwise(0.0, 1.0)
+    return input.elementwise(0.0, 1.0, largest=builtins.max(abs(low), abs(high)))
 
 
 @lipschitz_rule(torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_")
@@ -139,7 +140,7 @@ def hardsigmoid(input: Signal, inplace: bool = False) -> Signal:
 
     On CUDA torch multiplies by 1/6 as a float32, also in float64.
     """
-    return input.elementwise(0.0, SINGLE_SIXTH)
+    return input.elementwise(0.0, SINGLE_SIXTH, largest=6.0 * SINGLE_SIXTH)
 
 
 by_attributes(hardsigmoid, nn.Hardsigmoid)

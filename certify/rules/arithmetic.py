@@ -11,7 +11,7 @@ from torch import Tensor
 
 from certify.operators import Matrix, Scale
 from certify.rules.registry import lipschitz_rule
-from certify.signal import Signal, UnsupportedModel, side_by_side, total
+from certify.signal import Product, Signal, UnsupportedModel, side_by_side, total
 
 
 @lipschitz_rule(operator.add, torch.add, "add", "add_")
@@ -45,12 +45,9 @@ def negate(x: Signal) -> Signal:
 
 @lipschitz_rule(operator.mul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_")
 def multiply(x: Any, y: Any) -> Signal:
-    """By a constant: the largest of its entries. A product of two signals has no constant."""
+    """By a constant: the largest of its entries. A product of two signals: see `Product`."""
     if isinstance(x, Signal) and isinstance(y, Signal):
-        raise UnsupportedModel(
-            "a product of two tensors that depend on the input is not Lipschitz: its slope grows "
-            "with its factors"
-        )
+        return _product(x, y)
     refuse_repetition(x, y)
     signal, factors = (x, y) if isinstance(x, Signal) else (signal_of(y), x)
     return _times(signal, factors, roundings=0)
@@ -69,6 +66,21 @@ def divide(x: Any, y: Any, *, rounding_mode: None = None) -> Signal:
     refuse_repetition(x, y)
     divisor = torch.as_tensor(y, dtype=torch.float64)
     return _times(x, divisor.reciprocal(), roundings=1)
+
+
+def _product(x: Signal, y: Signal) -> Signal:
+    """Lipschitz where both factors are bounded, which takes a bounded domain."""
+    if x.input.domain is None:
+        raise UnsupportedModel(
+            "a product of two tensors that depend on the input is not Lipschitz: its slope grows "
+            "with its factors; give the domain of the input, e.g. domain=(0, 1), to bound it there"
+        )
+    joint = tuple(torch.broadcast_shapes(x.shape, y.shape))
+    if x.shape != joint:
+        x, y = y, x
+    if x.shape != joint:
+        raise UnsupportedModel(f"a product of shapes {x.shape} and {y.shape} repeats both")
+    return Signal(x.shape, Product(spread=y.shape != joint), (x, y))
 
 
 def _times(x: Signal, factors: Any, roundings: int) -> Signal:

@@ -13,7 +13,7 @@ from certify.operators import Convolution
 from certify.rules.affine import per_axis
 from certify.rules.registry import by_attributes, lipschitz_rule
 from certify.rules.resampling import axis_norm, check_axes, largest_coverage
-from certify.signal import Input, Signal, UnsupportedModel
+from certify.signal import Signal, UnsupportedModel
 
 _UP = 1.0 + 2.0**-50
 """Pays for a few roundings of a constant."""
@@ -111,7 +111,7 @@ def _average_pooling(axes: int, module: type) -> None:
             weight = 1.0 / (math.prod(kernel) if divisor_override is None else divisor_override)
             shape = (input.shape[1], 1, *kernel)
             pool = Convolution(
-                torch.full(shape, weight, dtype=torch.float64, device=_device(input)),
+                torch.full(shape, weight, dtype=torch.float64, device=input.input.device),
                 stride=steps,
                 padding=padded,
                 dilation=(1,) * axes,
@@ -258,10 +258,3 @@ def _wanted(x: Signal, output_size: Any) -> list[int]:
 
 def _root(windows: float) -> float:
     return 1.0 if windows == 1 else math.sqrt(windows) * _UP
-
-
-def _device(x: Signal) -> torch.device:
-    """Where the bounds of a network are computed."""
-    while not isinstance(x.step, Input):
-        x = x.parents[0]
-    return x.step.device

@@ -20,7 +20,7 @@ from certify.signal import Signal, UnsupportedModel
 @lipschitz_rule(torch.tanh, torch.tanh_, "tanh", "tanh_")
 def tanh(input: Signal) -> Signal:
     """The slope is ``1 - t^2`` where ``t`` is the value."""
-    return input.elementwise(0.0, 1.0)
+    return input.elementwise(0.0, 1.0, largest=1.0)
 
 
 by_attributes(tanh, nn.Tanh)
@@ -38,7 +38,7 @@ by_attributes(tanhshrink, nn.Tanhshrink)
 @lipschitz_rule(torch.sigmoid, torch.sigmoid_, torch.special.expit, "sigmoid", "sigmoid_")
 def sigmoid(input: Signal) -> Signal:
     """The slope ``s (1 - s)`` is at most 1/4."""
-    return input.elementwise(0.0, 0.25)
+    return input.elementwise(0.0, 0.25, largest=1.0)
 
 
 by_attributes(sigmoid, nn.Sigmoid)

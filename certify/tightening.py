@@ -1,0 +1,75 @@
+"""How far a network's bound is tightened beyond the product of its layers' norms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from certify.balancing import balancing_scales
+from certify.bounding import Bounding, Norms, merged
+from certify.norms import margin_lipschitz, proven_norms
+from certify.signal import Signal
+
+TIGHTENINGS = ("none", "merge", "join", "balance")
+"""Each includes those before it: the product of all norms; normalisation merged into its
+neighbours; neighbours and skips bounded together; channels scaled between layers."""
+
+
+@dataclass(frozen=True)
+class NetworkBound:
+    """Proven Lipschitz bounds of a network's tensors.
+
+    Attributes:
+        bounding: the steps and how they are combined.
+        norms: proven norms of its operators.
+    """
+
+    bounding: Bounding
+    norms: Norms
+
+    @cached_property
+    def values(self) -> dict[Signal, Tensor]:
+        """Bound of each signal."""
+        return self.bounding.evaluate(self.norms)
+
+    @property
+    def lipschitz(self) -> Tensor:
+        """Bound of the output, a float64 scalar."""
+        return self.values[self.bounding.output]
+
+    @cached_property
+    def margins(self) -> Tensor:
+        """Bounds ``(C, C)`` of the differences of two outputs; see `margin_lipschitz`."""
+        return margin_lipschitz(self.bounding, self.values, self.norms)
+
+
+def bound_network(output: Signal, method: str, tighten: str) -> NetworkBound:
+    """Prove a network's bounds.
+
+    Args:
+        output: as `certify.graph.LipschitzGraph.walk` returns it.
+        method: how convolutions are bounded, see `ff_bounds.conv_bound`.
+        tighten: one of `TIGHTENINGS`.
+
+    Raises:
+        ValueError: an unknown method or tightening.
+    """
+    if tighten not in TIGHTENINGS:
+        raise ValueError(f"expected tighten to be one of {', '.join(TIGHTENINGS)}, got {tighten!r}")
+    if tighten == "none":
+        return _proven(Bounding(output), method)
+    whole = merged(output)
+    found = _proven(Bounding(whole, join=tighten != "merge"), method)
+    if tighten == "balance":
+        scales = balancing_scales(whole)
+        if scales:
+            balanced = _proven(Bounding(whole, join=True, scales=scales), method)
+            if bool(balanced.lipschitz < found.lipschitz):
+                return balanced
+    return found
+
+
+def _proven(bounding: Bounding, method: str) -> NetworkBound:
+    return NetworkBound(bounding, proven_norms(bounding.operators(), method))
