@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from certify.bounding import Bounding, in_order
-from certify.norms import weighted
 from certify.operators import Convolution, Matrix, Scale
 from certify.signal import Affine, Concatenation, Flatten, Input, Lipschitz, Signal, Slopes, Sum
 
@@ -151,7 +150,7 @@ def balancing_scales(
                 images[signal]: factors for signal, factors in signal_scales(layouts, logs).items()
             }
             bounding = Bounding(light, scales=scales)
-            operators = weighted(bounding.operators())
+            operators = bounding.operators()
             kernels = [operator.kernel() for operator in operators]
             if estimator is None:
                 estimator = _Estimator([kernel.detach() for kernel in kernels])
@@ -230,7 +229,8 @@ class _Estimator:
 
 
 def _unit(vector: Tensor) -> Tensor:
-    return vector / vector.norm().clamp_min(1e-30)
+    length: Tensor = torch.linalg.vector_norm(vector)
+    return vector / length.clamp_min(1e-30)
 
 
 def _in_single_precision(output: Signal) -> Signal:
@@ -244,5 +244,5 @@ def _in_single_precision(output: Signal) -> Signal:
                 replace(step.operator, weight=weight, rows=None, columns=None, error=None)
             )
         parents = tuple(new[parent] for parent in signal.parents)
-        new[signal] = Signal(signal.shape, step, parents, signal.name)
+        new[signal] = replace(signal, step=step, parents=parents)
     return new[output]

@@ -28,13 +28,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from certify.composition import add, balanced, compose, identity, masks, merge
-from certify.operators import Convolution, Matrix, Operator, Scale
+from certify.composition import balanced, compose, masks, merge
+from certify.joining import MOST_EXPANSIONS, Expanded, Joined, added, root_of_squares, times
+from certify.operators import Operator, Scale, Weighted
 from certify.products import product_value, radius
 from certify.signal import (
     Affine,
@@ -47,12 +47,10 @@ from certify.signal import (
     Slopes,
     Sum,
 )
-from ff_bounds.rounding import product_bound, round_up, sum_bound
+from ff_bounds.rounding import product_bound, sum_bound
 
-Norms = Callable[[Operator], Tensor]
+Norms = Callable[[Weighted], Tensor]
 """How the norm of a matrix or convolution is measured: proven, or estimated in training."""
-
-Measure = Callable[[Operator], Tensor]
 
 
 def in_order(output: Signal) -> list[Signal]:
@@ -113,8 +111,8 @@ class Bounding:
         self._join = join
         self._scales = dict(scales or {})
         self._operators: dict[Signal, Operator] = {}
-        self._composed: dict[tuple[Operator, ...], Operator | None] = {}
-        self._sums: dict[Signal, _Joined | None] = {}
+        self._composed: dict[tuple[Weighted, Weighted], Weighted | None] = {}
+        self._sums: dict[Signal, Joined | None] = {}
 
     def operator(self, signal: Signal) -> Operator:
         """The operator of an affine step, between the scales of its input and its output."""
@@ -135,17 +133,15 @@ class Bounding:
             if isinstance(signal.step, Affine) and not isinstance(signal.step.operator, Scale)
         ]
 
-    def operators(self) -> list[Operator]:
+    def operators(self) -> list[Weighted]:
         """All matrices and convolutions that the bounds measure, each once, in order."""
-        found: dict[Operator, None] = {}
+        found: dict[Weighted, None] = {}
 
-        def note(operator: Operator) -> Tensor:
+        def note(operator: Weighted) -> Tensor:
             found.setdefault(operator)
             return torch.ones((), dtype=torch.float64)
 
         self.evaluate(note)
-        if isinstance(self.output.step, Affine):
-            self.last(self.evaluate(note), note, note)
         return list(found)
 
     def evaluate(self, norms: Norms) -> dict[Signal, Tensor]:
@@ -177,7 +173,7 @@ class Bounding:
                 values[signal] = self._value(signal, values, norms)
         return values
 
-    def last(self, values: Mapping[Signal, Tensor], norms: Norms, measure: Measure) -> Tensor:
+    def last(self, values: Mapping[Signal, Tensor], norms: Norms, measure: Norms) -> Tensor:
         """Bound the output, an affine step, as in `evaluate` but with another measure of it.
 
         Args:
@@ -186,9 +182,9 @@ class Bounding:
             measure: of the output's operator, or a composition that ends in it: any function that
                 is a norm of ``B A`` whenever ``|| . ||`` is one of ``A``.
         """
-        return self._through(
-            self.operator(self.output), self.output.parents[0], values, norms, measure
-        )
+        operator = self.operator(self.output)
+        assert not isinstance(operator, Scale)
+        return self._through(operator, self.output.parents[0], values, norms, measure)
 
     def _value(self, signal: Signal, values: dict[Signal, Tensor], norms: Norms) -> Tensor:
         step, parents = signal.step, signal.parents
@@ -199,15 +195,15 @@ class Bounding:
                 return product_bound(bounds[0], operator.bound())
             return self._through(operator, parents[0], values, norms, norms)
         if isinstance(step, Slopes):
-            return _times(bounds[0], step.steepest)
+            return times(bounds[0], step.steepest)
         if isinstance(step, Lipschitz):
-            return _times(bounds[0], step.constant)
+            return times(bounds[0], step.constant)
         if isinstance(step, Flatten):
             return bounds[0]
         if isinstance(step, Concatenation):
             return root_of_squares(bounds)
         assert isinstance(step, Sum)
-        plain = _added(bounds)
+        plain = added(bounds)
         joined = self._joined(signal) if self._join else None
         if joined is None:
             return plain
@@ -215,11 +211,11 @@ class Bounding:
 
     def _through(
         self,
-        operator: Operator,
+        operator: Weighted,
         source: Signal,
         values: Mapping[Signal, Tensor],
         norms: Norms,
-        measure: Measure,
+        measure: Norms,
     ) -> Tensor:
         """Bound ``operator`` applied to ``source``."""
         bound = product_bound(values[source], measure(operator))
@@ -228,9 +224,9 @@ class Bounding:
         expansion = self._expand(operator, source)
         while expansion is not None:
             product, middle, earlier, center, spread = expansion
-            joint = _times(product_bound(values[earlier], measure(product)), abs(center))
+            joint = times(product_bound(values[earlier], measure(product)), abs(center))
             if spread > 0:
-                rest = _times(product_bound(values[middle], measure(operator)), spread)
+                rest = times(product_bound(values[middle], measure(operator)), spread)
                 joint = sum_bound(joint, rest)
             bound = torch.minimum(bound, joint)
             # Affine maps that follow each other directly can be composed further.
@@ -239,8 +235,8 @@ class Bounding:
         return bound
 
     def _expand(
-        self, operator: Operator, source: Signal
-    ) -> tuple[Operator, Signal, Signal, float, float] | None:
+        self, operator: Weighted, source: Signal
+    ) -> tuple[Weighted, Signal, Signal, float, float] | None:
         """Compose ``operator`` with the affine step before ``source``, over slopes between them.
 
         Returns:
@@ -270,15 +266,15 @@ class Bounding:
             spread = math.nextafter(spread, math.inf)
         return product, middle, middle.parents[0], center, spread
 
-    def _joined(self, signal: Signal) -> _Joined | None:
+    def _joined(self, signal: Signal) -> Joined | None:
         if signal not in self._sums:
             self._sums[signal] = self._join_branches(signal.parents)
         return self._sums[signal]
 
-    def _join_branches(self, parents: Sequence[Signal]) -> _Joined | None:
+    def _join_branches(self, parents: Sequence[Signal]) -> Joined | None:
         """Expand branches down to the first tensor that another branch comes from too."""
         branches = [self._expansions(parent) for parent in parents]
-        result = _Joined()
+        result = Joined()
         for index, (parent, states) in enumerate(zip(parents, branches, strict=True)):
             others = {
                 state.start
@@ -294,12 +290,13 @@ class Bounding:
                 result.rests += chosen.rests
         return result if result.close() else None
 
-    def _expansions(self, branch: Signal) -> list[_Expanded]:
+    def _expansions(self, branch: Signal) -> list[Expanded]:
         """A branch as it is, and expanded once, twice, ... over slopes."""
-        if not isinstance(branch.step, Affine) or isinstance(self.operator(branch), Scale):
-            return [_Expanded(branch, None, 1.0, ())]
-        states = [_Expanded(branch.parents[0], self.operator(branch), 1.0, ())]
-        while len(states) <= _MOST_EXPANSIONS:
+        operator = self.operator(branch) if isinstance(branch.step, Affine) else None
+        if operator is None or isinstance(operator, Scale):
+            return [Expanded(branch, None, 1.0, ())]
+        states = [Expanded(branch.parents[0], operator, 1.0, ())]
+        while len(states) <= MOST_EXPANSIONS:
             last = states[-1]
             assert last.operator is not None
             expansion = self._expand(last.operator, last.start)
@@ -307,86 +304,5 @@ class Bounding:
                 break
             product, middle, start, center, spread = expansion
             rests = (*last.rests, (last.operator, middle, last.factor * spread))
-            states.append(_Expanded(start, product, last.factor * center, rests))
+            states.append(Expanded(start, product, last.factor * center, rests))
         return states
-
-
-_MOST_EXPANSIONS = 3
-
-
-class _Expanded(NamedTuple):
-    """``factor * operator`` (``None``: the identity) applied to ``start``, and remainders."""
-
-    start: Signal
-    operator: Operator | None
-    factor: float
-    rests: tuple[tuple[Operator, Signal, float], ...]
-
-
-class _Joined:
-    """``sum of ||joint operator|| Lip(source) + remainders`` of a sum of branches."""
-
-    def __init__(self) -> None:
-        self.terms: dict[Signal, list[tuple[Operator | None, float]]] = {}
-        self.rests: list[tuple[Operator, Signal, float]] = []
-        self.alone: list[Signal] = []
-        self.joint: list[tuple[Signal, Operator]] = []
-
-    def close(self) -> bool:
-        """Form the joint operators; false if there is nothing to join."""
-        for source, terms in self.terms.items():
-            like = next((operator for operator, _ in terms if operator is not None), None)
-            if len(terms) == 1 or not isinstance(like, (Matrix, Convolution)):
-                for operator, factor in terms:
-                    if operator is not None or factor != 1.0:
-                        return False
-                    self.alone.append(source)
-                continue
-            channels = like.inputs if isinstance(like, Convolution) else like.weight.shape[1]
-            total: Operator | None = None
-            for operator, factor in sorted(terms, key=lambda term: term[1] != 1.0):
-                if operator is None:
-                    operator = identity(like, channels, like.weight.device)
-                if total is None:  # the skip: a branch that was not expanded
-                    total = operator if factor == 1.0 else None
-                elif operator is not None:
-                    total = add(total, operator, factor)
-                if total is None or operator is None:
-                    return False
-            assert total is not None
-            self.joint.append((source, total))
-        return bool(self.joint)
-
-    def bound(self, values: Mapping[Signal, Tensor], norms: Norms) -> Tensor:
-        """Add up."""
-        parts = [values[signal] for signal in self.alone]
-        parts += [product_bound(values[source], norms(operator)) for source, operator in self.joint]
-        parts += [
-            _times(product_bound(values[middle], norms(operator)), abs(factor) * (1 + 2**-48))
-            for operator, middle, factor in self.rests
-            if factor != 0
-        ]
-        return _added(parts)
-
-
-def root_of_squares(bounds: Sequence[Tensor]) -> Tensor:
-    """Proven upper bound of ``sqrt(sum of squares)``, without overflow or underflow."""
-    largest = torch.stack(list(bounds)).amax()
-    if bool(largest.detach() == 0) or not bool(largest.detach().isfinite()):
-        return largest
-    total = sum(((bound / largest) ** 2 for bound in bounds), largest.new_zeros(()))
-    return product_bound(largest, round_up(total.sqrt(), 2 * len(bounds) + 3) + 2.0**-500)
-
-
-def _times(bound: Tensor, constant: float | Tensor) -> Tensor:
-    if isinstance(constant, float) and constant == 1.0:
-        return bound
-    factor = torch.as_tensor(constant, dtype=bound.dtype, device=bound.device)
-    return product_bound(bound, factor)
-
-
-def _added(bounds: Sequence[Tensor]) -> Tensor:
-    total = bounds[0]
-    for bound in bounds[1:]:
-        total = sum_bound(total, bound)
-    return total

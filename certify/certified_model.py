@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from certify.certificates import Certificate, certificate
 from certify.folding import copy_with_plain_weights
-from certify.graph import LipschitzGraph, refuse_what_tracing_misses
+from certify.graph import LipschitzGraph
 from certify.norms import check_method
 from certify.signal import UnsupportedModel
 from certify.tightening import bound_network
+from certify.tracing import refuse_what_tracing_misses
 
 
 class CertifiedModel:

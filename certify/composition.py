@@ -5,10 +5,10 @@ operator ``C`` between an extension by zeros and a restriction to the output's g
 
     ``R2 C2 P C1 E1``  with  ``P = E2 R1``,
 
-the projection onto the places where the first has outputs. ``P`` can be left out, so that the layers
-are restrictions of ``C2 C1``, where the second has no padding (it reads nothing outside), or the
-first is pointwise (it has nothing outside). Elsewhere ``P`` is a diagonal of zeros and ones, and
-joins the diagonal of the slopes between the layers: see `masks`.
+the projection onto the places where the first has outputs. ``P`` can be left out, so that the
+layers are restrictions of ``C2 C1``, where the second has no padding (it reads nothing outside), or
+the first is pointwise (it has nothing outside). Elsewhere ``P`` is a diagonal of zeros and ones,
+and joins the diagonal of the slopes between the layers: see `masks`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from certify.operators import Convolution, Matrix, Operator, Scale, may_scale, scaled
+from certify.operators import (
+    Convolution,
+    Matrix,
+    Operator,
+    Scale,
+    Weighted,
+    may_scale,
+    scaled,
+)
 from ff_bounds.padding import padding_amounts
 from ff_bounds.rounding import gamma, product_bound, round_up, sum_bound
 
@@ -71,7 +79,7 @@ def _sane(*scales: Scale) -> bool:
 
 
 def _scale_outputs(
-    operator: Matrix | Convolution, factors: Tensor, roundings: int, axes: int
+    operator: Weighted, factors: Tensor, roundings: int, axes: int
 ) -> Operator | None:
     if not may_scale(operator, factors) or (isinstance(operator, Matrix) and axes != 2):
         return None
@@ -83,7 +91,7 @@ def _scale_outputs(
 
 
 def _scale_inputs(
-    operator: Matrix | Convolution, factors: Tensor, roundings: int, axes: int
+    operator: Weighted, factors: Tensor, roundings: int, axes: int
 ) -> Operator | None:
     if not may_scale(operator, factors) or (isinstance(operator, Matrix) and axes != 2):
         return None
@@ -94,7 +102,7 @@ def _scale_inputs(
     return scaled(operator, None, factors, roundings)
 
 
-def masks(after: Operator, before: Operator) -> bool:
+def masks(after: Weighted, before: Weighted) -> bool:
     """Whether a projection onto the places between two convolutions matters."""
     if not isinstance(after, Convolution) or not isinstance(before, Convolution):
         return False
@@ -107,7 +115,7 @@ def masks(after: Operator, before: Operator) -> bool:
     return reads_outside and not pointwise
 
 
-def compose(after: Operator, before: Operator) -> Operator | None:
+def compose(after: Weighted, before: Weighted) -> Weighted | None:
     r"""``after before`` as one operator, with the projection between them left out; or ``None``.
 
     With ``y[n] = sum_t W[t] x[s n + d t - p]``, the composition has stride ``s1 s2``, offset
@@ -172,7 +180,7 @@ def _compose_convolutions(after: Convolution, before: Convolution) -> Convolutio
     )
 
 
-def add(first: Operator, second: Operator, factor: float) -> Operator | None:
+def add(first: Weighted, second: Weighted, factor: float) -> Weighted | None:
     """``first + factor * second`` as one operator on the lattice, or ``None``.
 
     Each entry of the sum carries two roundings, and the factor a few of its own.
@@ -219,20 +227,18 @@ def add(first: Operator, second: Operator, factor: float) -> Operator | None:
     return Matrix(total, error=_sum_error(first, second, factor))
 
 
-def identity(like: Operator, channels: int, device: torch.device) -> Operator | None:
+def identity(like: Weighted, channels: int, device: torch.device) -> Weighted:
     """The identity in the form of another operator."""
     if isinstance(like, Matrix):
         return Matrix(torch.eye(channels, dtype=torch.float64, device=device))
-    if isinstance(like, Convolution):
-        axes = len(like.stride)
-        eye = torch.eye(channels, dtype=torch.float64, device=device)
-        return Convolution(
-            eye.reshape(channels, channels, *[1] * axes),
-            stride=(1,) * axes,
-            padding=(0,) * axes,
-            dilation=(1,) * axes,
-        )
-    return None
+    axes = len(like.stride)
+    eye = torch.eye(channels, dtype=torch.float64, device=device)
+    return Convolution(
+        eye.reshape(channels, channels, *[1] * axes),
+        stride=(1,) * axes,
+        padding=(0,) * axes,
+        dilation=(1,) * axes,
+    )
 
 
 def _is_lattice(operator: Convolution) -> bool:
@@ -275,14 +281,14 @@ def _places(sizes: torch.Size) -> list[tuple[int, ...]]:
     ]
 
 
-def _size(operator: Matrix | Convolution) -> Tensor:
+def _size(operator: Weighted) -> Tensor:
     """``sum_t ||W_t||_F``, at least the norm on the lattice, of absolute values too."""
     weight = operator.effective_weight().detach().to(torch.float64)
     taps = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
     return round_up(torch.linalg.vector_norm(taps, dim=(0, 1)).sum(), weight.numel() + 9)
 
 
-def _product_error(after: Matrix | Convolution, before: Matrix | Convolution, terms: int) -> Tensor:
+def _product_error(after: Weighted, before: Weighted, terms: int) -> Tensor:
     """Rounding of a product of weights, and what each of them is off by, times the other."""
     sizes = [_size(after), _size(before)]
     errors = [after.norm_error(), before.norm_error()]
@@ -293,7 +299,7 @@ def _product_error(after: Matrix | Convolution, before: Matrix | Convolution, te
     return sum_bound(total, product_bound(sizes[0], errors[1]))
 
 
-def _sum_error(first: Matrix | Convolution, second: Matrix | Convolution, factor: float) -> Tensor:
+def _sum_error(first: Weighted, second: Weighted, factor: float) -> Tensor:
     by = abs(factor)
     sizes = sum_bound(_size(first), _size(second) * by)
     errors = sum_bound(first.norm_error(), round_up(second.norm_error() * by, 1))

@@ -50,7 +50,8 @@ def copy_with_plain_weights(model: nn.Module) -> nn.Module:
 def _hooked(module: nn.Module) -> dict[str, Any]:
     """Names of the weights that hooks of torch's own set, with these hooks."""
     found: dict[str, Any] = {}
-    for hook in module._forward_pre_hooks.values():
+    hooks: list[Any] = list(module._forward_pre_hooks.values())
+    for hook in hooks:
         if type(hook) in (WeightNorm, SpectralNorm):
             found[hook.name] = hook
         elif isinstance(hook, prune.BasePruningMethod):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from certify.bounding import Bounding, Norms, merged
 from certify.graph import LipschitzGraph
-from certify.operators import Convolution, Matrix, Operator
+from certify.operators import Convolution, Matrix, Weighted
 from certify.signal import Affine, Signal, UnsupportedModel
 from ff_bounds import PowerIterationPenalty, conv2d_bound, supremum_bounds
 from ff_bounds.rounding import round_up
@@ -21,7 +21,7 @@ def check_method(method: str) -> None:
     conv2d_bound(torch.ones(1, 1, 1, 1), method=method)
 
 
-def proven_norms(operators: Sequence[Operator], method: str) -> Norms:
+def proven_norms(operators: Sequence[Weighted], method: str) -> Norms:
     """Prove bounds of the norms of all operators.
 
     Args:
@@ -34,7 +34,7 @@ def proven_norms(operators: Sequence[Operator], method: str) -> Norms:
     """
     check_method(method)
     searched = [o for o in operators if isinstance(o, Convolution) and o.padding_mode != "circular"]
-    lattice: dict[Operator, Tensor] = {}
+    lattice: dict[Weighted, Tensor] = {}
     if method == "supremum":
         kernels = [operator.exact_kernel() for operator in searched]
         lattice = dict(zip(searched, supremum_bounds(kernels), strict=True))
@@ -67,7 +67,7 @@ def margin_lipschitz(bounding: Bounding, values: Mapping[Signal, Tensor], norms:
     return torch.where(same, 0.0, lipschitz)
 
 
-def _row_differences(operator: Operator) -> Tensor:
+def _row_differences(operator: Weighted) -> Tensor:
     assert isinstance(operator, Matrix)
     return operator.row_difference_bound()
 
@@ -113,7 +113,7 @@ class NetworkEstimator(nn.Module):
         super().__init__()
         self._graph = LipschitzGraph(model, input_shape)
         with torch.no_grad():
-            operators = weighted(self._bounding().operators())
+            operators = self._bounding().operators()
             shapes = [tuple(operator.kernel().shape) for operator in operators]
         if not shapes:
             raise UnsupportedModel("no convolution or linear layer to estimate the norm of")
@@ -126,7 +126,7 @@ class NetworkEstimator(nn.Module):
             iterations: steps of power iteration; more than one only before the first update.
         """
         bounding = self._bounding()
-        operators = weighted(bounding.operators())
+        operators = bounding.operators()
         norms = estimated_norms(self._penalty, operators, iterations)
         known = dict(zip(operators, norms.to(torch.float64), strict=True))
         # A layer that is used twice is one operator a use.
@@ -137,16 +137,11 @@ class NetworkEstimator(nn.Module):
 
 
 def estimated_norms(
-    penalty: PowerIterationPenalty, operators: Sequence[Matrix | Convolution], iterations: int
+    penalty: PowerIterationPenalty, operators: Sequence[Weighted], iterations: int
 ) -> Tensor:
     """Estimate the norms ``(operators,)`` of these operators by steps of power iteration."""
-    norms = penalty([operator.kernel() for operator in operators], iterations)
+    norms: Tensor = penalty([operator.kernel() for operator in operators], iterations)
     gains = [operator.gain() for operator in operators]
     if any(gain != 1.0 for gain in gains):
         norms = norms * torch.tensor(gains, dtype=norms.dtype, device=norms.device)
     return norms
-
-
-def weighted(operators: Sequence[Operator]) -> list[Matrix | Convolution]:
-    """Return those operators that have a norm to be measured."""
-    return [o for o in operators if isinstance(o, (Matrix, Convolution))]

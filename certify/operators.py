@@ -284,7 +284,10 @@ class Convolution(_Weighted):
         )
 
 
-Operator = Matrix | Convolution | Scale
+Weighted = Matrix | Convolution
+"""Operators whose norm has to be measured."""
+
+Operator = Weighted | Scale
 
 
 def _row_norms(matrix: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ On all inputs ``x g(x)`` has no Lipschitz constant. On a box ``[low, high]^d``, 
 
     ``x g - y h = (x - y) g + y (g - h)``
 
-gives ``Lip(x g) <= sup|g| Lip(x) + sup|x| Lip(g)``, with the largest entry of ``g``; and of ``x`` the
-largest entry too, or its L2 norm where an entry of ``g`` meets many of ``x`` (a gate for a whole
-channel: the difference is at most ``|g_i - h_i| ||y_i||`` in channel ``i``). Both suprema follow from
+gives ``Lip(x g) <= sup|g| Lip(x) + sup|x| Lip(g)``, with the largest entry of ``g``; and of ``x``
+the largest entry too, or its L2 norm where an entry of ``g`` meets many of ``x`` (a gate for a
+whole channel: the difference is at most ``|g_i - h_i| ||y_i||`` in channel ``i``). Both follow from
 how far a tensor can get from its value at ``c``: its *reach*. That of a product is at most the
 smaller of ``sup|g| reach(x) + sup|x(c)| reach(g)`` and ``sup||x|| sup|g| + ||x(c) g(c)||``.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -117,7 +117,8 @@ class Signal:
         shape: its shape, the batch first.
         step: how it arises from its parents.
         parents: the signals that it arises from.
-        name: the node of the network's graph, for reports.
+        name: the module or operation, for people.
+        node: its place in the network's graph, see `certify.graph.LipschitzGraph.tensors`.
         centre: its L2 norm and its largest absolute entry where the input is the centre of its
             domain, if it has one.
     """
@@ -126,6 +127,7 @@ class Signal:
     step: Step
     parents: tuple[Signal, ...] = ()
     name: str = ""
+    node: str = ""
     centre: tuple[float, float] | None = None
 
     @property
@@ -150,13 +152,6 @@ class Signal:
     def scaled(self, lipschitz: float | Tensor = 1.0, *, channelwise: bool = False) -> Signal:
         """Apply a map with this Lipschitz constant; see `Lipschitz`."""
         return Signal(self.shape, Lipschitz(lipschitz, channelwise), (self,))
-
-    def placed(
-        self, shape: Sequence[int], name: str, centre: tuple[float, float] | None
-    ) -> Signal:
-        """Return the same signal with what rules leave to the walker."""
-        place = (tuple(shape), name or self.name, centre)
-        return replace(self, shape=place[0], name=place[1], centre=place[2])
 
 
 def total(signals: Sequence[Signal]) -> Signal:

@@ -36,9 +36,9 @@ def dropout(input: Signal, p: float = 0.5, training: bool = True, inplace: bool 
     return input
 
 
-@lipschitz_rule("contiguous", "clone", "double", torch.clone)
+@lipschitz_rule("contiguous", "clone", "double", "detach", torch.clone)
 def unchanged(x: Signal, *, memory_format: Any = None) -> Signal:
-    """The same numbers. (The certified network computes in float64 already.)"""
+    """The same numbers: the certified network computes in float64 already."""
     return x
 
 

@@ -10,9 +10,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from certify.bounding import Bounding, in_order, merged, root_of_squares
+from certify.bounding import Bounding, in_order, merged
 from certify.composition import compose
 from certify.graph import LipschitzGraph
+from certify.joining import root_of_squares
 from certify.norms import proven_norms
 from certify.operators import Convolution, Matrix, Operator
 from certify.signal import Input, Signal, total

@@ -110,16 +110,15 @@ def test_scaling_pays_for_its_roundings() -> None:
         operator = scaled(Matrix(weight), computed, None, roundings)
         true_norm = Fraction(5) / (1 - Fraction(1, 2**53)) ** roundings
         assert Fraction(operator.bound(METHOD).item()) >= true_norm
-        zero = scaled(
-            Matrix(torch.cat([weight, 0 * weight])), computed.repeat(2), None, roundings
-        )
+        zero = scaled(Matrix(torch.cat([weight, 0 * weight])), computed.repeat(2), None, roundings)
         assert Fraction(zero.row_difference_bound()[0, 1].item()) >= true_norm
 
 
 def test_equal_rows_may_differ_by_the_rounding_of_their_scales() -> None:
     unit = 2.0**-53
     for roundings in (1, 5):
-        operator = scaled(Matrix(torch.ones(2, 1).double()), torch.ones(2).double(), None, roundings)
+        ones = torch.ones(2, 1, dtype=torch.float64)
+        operator = scaled(Matrix(ones), ones[:, 0], None, roundings)
         assert operator.row_difference_bound()[0, 1].item() >= 2 * roundings * unit
 
 

@@ -65,6 +65,7 @@ CASES = [
     Case("torch.dropout", (torch.dropout,), on(lambda x: torch.dropout(x, 0.5, False)), (3,)),
     Case("contiguous", ("contiguous",), on(lambda x: x.contiguous()), (3,)),
     Case("clone", ("clone",), on(lambda x: x.clone()), (3,)),
+    Case("detach", ("detach",), on(lambda x: x + x.detach()), (3,)),
     Case("torch.clone", (torch.clone,), on(lambda x: torch.clone(x)), (3,)),
     Case("double", ("double",), on(lambda x: x.double()), (3,)),
     Case("unflatten layer", (nn.Unflatten,), lambda: nn.Unflatten(1, (2, 3)), (6,)),

@@ -1,0 +1,207 @@
+"""From a module to its graph, checked against the module itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from certify.rules import REFUSALS, RULES
+from certify.signal import UnsupportedModel
+
+_SCALES = (0.0, 1e-2, 1e2, 1.0, -1.0)  # of the example's entries: branches on values show up
+BATCH = len(_SCALES)  # samples in the example that checks the traced graph
+_PARTS = [1, 1, 1, 2]  # in which they are given to the module again
+
+_ROOT = "the model itself"
+
+
+class _Tracer(fx.Tracer):
+    """Trace down to modules that have a rule, and to torch's own."""
+
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        kind = kind_of(m)
+        known = kind in RULES or kind in REFUSALS
+        torchs = kind.__module__.startswith("torch.nn") and kind is not nn.Sequential
+        return known or torchs
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """Type that decides about a module: that of before its weights were parametrised.
+
+    ``torch.nn.utils.parametrize`` gives a module a subclass of its own in which a weight is a
+    property; ``forward`` stays the same, and rules see the weight that it computes with.
+    """
+    kind = type(module)
+    if parametrize.is_parametrized(module) and len(kind.__bases__) == 1:
+        original: type[nn.Module] = kind.__bases__[0]
+        if kind.forward is original.forward:
+            return original
+    return kind
+
+
+class Root(nn.Module):
+    """Calls the model on one argument, so that the model is traced like any module in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        """Call the model."""
+        return self.model(x)
+
+
+def trace(root: Root) -> fx.Graph:
+    """Trace a model; refuse what cannot be."""
+    try:
+        return _Tracer().trace(root)
+    except Exception as error:  # whatever the user's forward raises on a symbolic input
+        raise UnsupportedModel(
+            f"the forward of {type(root.model).__name__} cannot be traced ({_reason(error)}); "
+            "control flow must not depend on the values of tensors"
+        ) from error
+
+
+def example_of(input_shape: Sequence[int]) -> Tensor:
+    """Return a batch of random samples of several sizes."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        samples = torch.randn(BATCH, *input_shape, generator=generator, dtype=torch.float64)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"expected input_shape as sizes, got {input_shape}") from error
+    scales = torch.tensor(_SCALES, dtype=torch.float64)
+    return samples * scales.reshape(-1, *[1] * len(input_shape))
+
+
+def refuse_what_tracing_misses(model: nn.Module) -> None:
+    """Refuse hooks and methods replaced on an instance: a graph does not show what they do.
+
+    Raises:
+        UnsupportedModel: naming the module.
+    """
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        raise UnsupportedModel("global forward hooks are registered; remove them")
+    for name, module in model.named_modules():
+        where = f"module {name or _ROOT!r} ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModel(f"{where} is TorchScript; certify what it was made from")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedModel(
+                f"{where} has forward hooks, which may change values; remove them"
+            )
+        for attribute, value in vars(module).items():
+            if callable(value) and callable(getattr(type(module), attribute, None)):
+                raise UnsupportedModel(
+                    f"{where} has its method {attribute!r} replaced on the instance; "
+                    "write a subclass instead"
+                )
+
+
+def check_against_module(
+    root: Root, graph: fx.Graph, example: Tensor
+) -> dict[fx.Node, list[tuple[int, ...]]]:
+    """Run the graph beside the module; return the shapes of the tensors at each node."""
+    for name, module in root.model.named_modules():
+        if module.training:
+            raise UnsupportedModel(f"module {name or _ROOT!r} is in training mode despite eval()")
+    checker = _Checker(root, graph=graph)
+    own = [*root.parameters(), *root.buffers()]
+    if any(isinstance(tensor, fx.Proxy) for tensor in own):  # left there by the trace
+        raise UnsupportedModel("the forward assigns its buffers")
+    own += checker.constants()
+    before = [(tensor._version, tensor.clone()) for tensor in own]
+    with torch.no_grad():
+        expected = _call(root, example.clone())
+        _compare(checker.check(example.clone()), expected)
+        parts = [_call(root, part.clone()) for part in example.split(_PARTS)]
+    if expected.shape[:1] != (BATCH,) or not all(map(_agree, parts, expected.split(_PARTS))):
+        raise UnsupportedModel("a sample's result depends on the other samples of its batch")
+    for tensor, (version, value) in zip(own, before, strict=True):
+        if tensor._version != version or not torch.equal(tensor, value):
+            raise UnsupportedModel("the forward modifies tensors that the model keeps")
+    return checker.shapes
+
+
+def _call(root: Root, x: Tensor) -> Tensor:
+    try:
+        result = root(x)
+    except Exception as error:
+        raise ValueError(
+            f"input shape {tuple(x.shape[1:])} does not fit: {_reason(error)}"
+        ) from error
+    if not isinstance(result, Tensor) or not result.is_floating_point():
+        raise UnsupportedModel("the model must return one tensor of real numbers")
+    return result
+
+
+def _compare(result: Any, expected: Tensor) -> None:
+    if not isinstance(result, Tensor) or not _agree(result, expected):
+        raise UnsupportedModel("the traced graph does not compute what the model computes")
+
+
+def _agree(first: Tensor, second: Tensor) -> bool:
+    """Whether two results of the same operations differ by rounding at most."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    size = torch.linalg.vector_norm(second[second.isfinite()]).item()
+    tolerance = torch.finfo(second.dtype).eps ** 0.5 * size
+    return torch.allclose(first, second, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def label_of(n: fx.Node) -> str:
+    """Name of a node for the user: the path of a module, else the name that fx gave it."""
+    if n.op != "call_module":
+        return repr(n.name)
+    return repr(str(n.target).removeprefix("model").removeprefix(".") or _ROOT)
+
+
+class _Checker(fx.Interpreter):
+    """Run a graph on tensors, note shapes, and refuse the use of a tensor that was overwritten."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
+        self.extra_traceback = False
+        self.shapes: dict[fx.Node, list[tuple[int, ...]]] = {}
+        self._versions: dict[fx.Node, list[int]] = {}
+
+    def constants(self) -> list[Tensor]:
+        """Tensors that the graph reads from the model."""
+        read = [self.fetch_attr(str(n.target)) for n in self.graph.nodes if n.op == "get_attr"]
+        return [value for value in read if isinstance(value, Tensor)]
+
+    def check(self, x: Tensor) -> Any:
+        """Run the graph; refuse it if it fails where the module did not."""
+        try:
+            return self.run(x)
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            raise UnsupportedModel(f"the traced graph does not run: {_reason(error)}") from error
+
+    def run_node(self, n: fx.Node) -> Any:
+        for used in n.all_input_nodes:
+            if _versions(self.env[used]) != self._versions[used]:
+                raise UnsupportedModel(
+                    f"node {label_of(n)} uses {label_of(used)} after it was modified in place; "
+                    "write the operation out of place"
+                )
+        result = super().run_node(n)
+        self._versions[n] = _versions(result)
+        self.shapes[n] = [tuple(getattr(leaf, "shape", ())) for leaf in pytree.tree_leaves(result)]
+        return result
+
+
+def _versions(value: Any) -> list[int]:
+    return [leaf._version for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
