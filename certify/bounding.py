@@ -79,13 +79,16 @@ def merged(output: Signal) -> Signal:
     new: dict[Signal, Signal] = {}
     for signal in in_order(output):
         parents = tuple(new[parent] for parent in signal.parents)
-        step = signal.step
+        step, name = signal.step, signal.name
         if isinstance(step, Affine) and isinstance(parents[0].step, Affine):
             operator = merge(step.operator, parents[0].step.operator, len(parents[0].shape))
             if operator is not None:
+                name = f"{parents[0].name} + {name}"
                 step, parents = Affine(operator), parents[0].parents
         unchanged = step is signal.step and parents == signal.parents
-        new[signal] = signal if unchanged else replace(signal, step=step, parents=parents)
+        new[signal] = (
+            signal if unchanged else replace(signal, step=step, parents=parents, name=name)
+        )
     return new[output]
 
 

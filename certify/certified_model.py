@@ -58,18 +58,11 @@ class CertifiedModel:
         *,
         method: str = "fantastic_four",
         tighten: str = "join",
-        domain: tuple[float, float] | None = None,
+        domain: Sequence[float] | None = None,
     ) -> None:
-        model = copy_with_plain_weights(model)
-        refuse_what_tracing_misses(model)
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.is_complex() or tensor.is_meta:
-                raise UnsupportedModel(f"{name!r} is complex or has no data")
-            if not bool(torch.isfinite(tensor.detach()).all()):
-                raise ValueError(f"expected finite parameters, got NaN or infinity in {name!r}")
         check_method(method)
         self.method = method
-        self._model = model.to(torch.float64).requires_grad_(False)
+        self._model = exact_copy(model)
         graph = LipschitzGraph(self._model, input_shape, domain)
         self.input_shape = tuple(input_shape)
         self.domain = domain
@@ -121,6 +114,23 @@ class CertifiedModel:
             return certificate(self.logits(x), self.margin_lipschitz())
 
 
+def exact_copy(model: nn.Module) -> nn.Module:
+    """Copy a model into float64, in evaluation mode, without gradients.
+
+    Raises:
+        UnsupportedModel: a model that cannot be copied, or does what a graph does not show.
+        ValueError: NaN or infinite parameters.
+    """
+    model = copy_with_plain_weights(model)
+    refuse_what_tracing_misses(model)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_complex() or tensor.is_meta:
+            raise UnsupportedModel(f"{name!r} is complex or has no data")
+        if not bool(torch.isfinite(tensor.detach()).all()):
+            raise ValueError(f"expected finite parameters, got NaN or infinity in {name!r}")
+    return model.to(torch.float64).requires_grad_(False)
+
+
 def _proven(bound: Tensor) -> Tensor:
     """Return a copy, which the caller may change; refuse a bound that is not a number."""
     if bool(torch.isnan(bound).any()):
@@ -128,7 +138,7 @@ def _proven(bound: Tensor) -> Tensor:
     return bound.clone()
 
 
-def _within(x: Tensor, domain: tuple[float, float]) -> bool:
+def _within(x: Tensor, domain: Sequence[float]) -> bool:
     return bool(((x >= domain[0]) & (x <= domain[1])).all())
 
 

@@ -44,6 +44,31 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _network(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say which network, and how it is bounded."""
+    for option in (
+        click.option(
+            "--domain", type=Numbers(), help="Range of the pixels, 0,1: prove it for these only."
+        ),
+        click.option("--std", type=Numbers(), help="Per channel, divided by before the model."),
+        click.option("--mean", type=Numbers(), help="Per channel, subtracted before the model."),
+        click.option("--input-shape", type=Shape(), help="Of one image, e.g. 3,32,32."),
+        click.option(
+            "--set", "settings", type=Setting(), multiple=True, help="Argument of --arch."
+        ),
+        click.option("--arch", metavar="NAME", help=f"Architecture of the file: {_ARCHITECTURES}."),
+        click.option(
+            "--model", required=True, metavar="FILE", help="A ckpt.pt, weights, or an architecture."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+_METHODS = ["fantastic_four", "tensor_norm", "gram_iteration", "supremum", "best"]
+_TIGHTENINGS = ["none", "merge", "join", "balance"]
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="certify-lipschitz")
 def main() -> None:
@@ -141,18 +166,7 @@ def _describe(metrics: Any) -> str:
 
 
 @main.command("eval", short_help="Certify a data set with a trained classifier.")
-@click.option(
-    "--model",
-    required=True,
-    metavar="FILE",
-    help="A ckpt.pt of certify train, or a state dict (.pt, .pth, .safetensors) with --arch. "
-    "Without a file: an architecture, with the weights that it starts with.",
-)
-@click.option("--arch", metavar="NAME", help=f"Architecture of the file: {_ARCHITECTURES}.")
-@click.option("--set", "settings", type=Setting(), multiple=True, help="Argument of --arch.")
-@click.option("--input-shape", type=Shape(), help="Of one image, e.g. 3,32,32.")
-@click.option("--mean", type=Numbers(), help="Per channel, subtracted before the model.")
-@click.option("--std", type=Numbers(), help="Per channel, divided by before the model.")
+@_network
 @click.option("--dataset", help="A name, or folder:PATH; default: that of the training.")
 @_common
 @click.option(
@@ -166,8 +180,15 @@ def _describe(metrics: Any) -> str:
     "--method",
     default="fantastic_four",
     show_default=True,
-    type=click.Choice(["fantastic_four", "tensor_norm", "gram_iteration", "supremum", "best"]),
+    type=click.Choice(_METHODS),
     help="How convolutions are bounded; supremum is the tightest but for best.",
+)
+@click.option(
+    "--tighten",
+    default="join",
+    show_default=True,
+    type=click.Choice(_TIGHTENINGS),
+    help="How far to go beyond the product of the norms.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @click.option("--batch-size", default=500, show_default=True, type=click.IntRange(min=1))
@@ -181,12 +202,14 @@ def evaluate(
     input_shape: tuple[int, ...] | None,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
+    domain: tuple[float, ...] | None,
     dataset: str | None,
     data_dir: str | None,
     download: bool,
     device: str,
     eps: tuple[float, ...],
     method: str,
+    tighten: str,
     limit: int | None,
     batch_size: int,
     csv_path: str | None,
@@ -221,7 +244,11 @@ def evaluate(
             raise InputError("pass --dataset: only a ckpt.pt of certify train names its own")
         click.echo(f"certifying {network.description} on the test images of {dataset}")
         certified = CertifiedModel(
-            network.model.to(choose_device(device)), network.input_shape, method=method
+            network.model.to(choose_device(device)),
+            network.input_shape,
+            method=method,
+            tighten=tighten,
+            domain=domain,
         )
         data = load(
             dataset, train=False, data_dir=data_dir or network.data_dir, download=download
@@ -240,6 +267,74 @@ def evaluate(
             plot_certified_accuracy(report, plot_path, title)
         for path in filter(None, (csv_path, json_path, plot_path)):
             click.echo(f"wrote {path}")
+
+
+@main.command(short_help="Bound a network's Lipschitz constant, layer by layer.")
+@_network
+@click.option("--dataset", help="Images on which gains are seen; default: random ones.")
+@_common
+@click.option("--method", default="supremum", show_default=True, type=click.Choice(_METHODS))
+@click.option(
+    "--tighten",
+    default="balance",
+    show_default=True,
+    type=click.Choice(_TIGHTENINGS),
+    help="The last step beyond the product of the norms that is taken.",
+)
+@click.option("--limit", default=16, show_default=True, type=click.IntRange(min=1))
+@click.option("--json", "json_path", metavar="FILE", help="Write the report.")
+def bound(
+    model: str,
+    arch: str | None,
+    settings: tuple[tuple[str, Any], ...],
+    input_shape: tuple[int, ...] | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    domain: tuple[float, ...] | None,
+    dataset: str | None,
+    data_dir: str | None,
+    download: bool,
+    device: str,
+    method: str,
+    tighten: str,
+    limit: int,
+    json_path: str | None,
+) -> None:
+    """Print a proven bound for every layer, beside the gain that images show there."""
+    if json_path and not Path(json_path).resolve().parent.is_dir():
+        raise InputError(f"the folder of {json_path} does not exist")
+    with _one_line_errors():
+        from certify.data import images_to_look_at, num_classes
+        from certify.files import write_text
+        from certify.layers import report_layers
+        from certify.run import choose_device
+        from certify.weights import load_network
+
+        network = load_network(
+            model,
+            arch=arch,
+            input_shape=input_shape,
+            hyperparameters=dict(settings),
+            num_classes=num_classes(dataset) if dataset else None,
+            mean=mean,
+            std=std,
+        )
+        images = images_to_look_at(
+            dataset, network.input_shape, limit, data_dir=data_dir, download=download
+        )
+        click.echo(f"bounding {network.description}")
+        report = report_layers(
+            network.model.to(choose_device(device)),
+            images,
+            described_as=dataset or "random images",
+            method=method,
+            tighten=tighten,
+            domain=domain,
+        )
+        click.echo(report.to_table())
+        if json_path:
+            write_text(json_path, report.to_json())
+            click.echo(f"wrote {json_path}")
 
 
 if __name__ == "__main__":

@@ -227,3 +227,26 @@ def augmentations(dataset: str) -> list[Augmentation]:
     if "mnist" in dataset:
         return [shift(1)] if dataset != "fashion-mnist" else [shift(1), flip]
     return [shift(4), flip] if dataset.startswith("cifar") else []
+
+
+def images_to_look_at(
+    dataset: str | None,
+    input_shape: tuple[int, ...],
+    count: int,
+    *,
+    data_dir: str | None = None,
+    download: bool = False,
+) -> Tensor:
+    """Return a few inputs ``(N, *input_shape)``: test images, or uniform noise in [0, 1].
+
+    Raises:
+        ValueError: as `load`, or images of another shape.
+    """
+    if dataset is None:
+        return torch.rand(count, *input_shape, generator=torch.Generator().manual_seed(0))
+    data = load(dataset, train=False, data_dir=data_dir, download=download).head(count)
+    if data.input_shape != input_shape:
+        raise ValueError(
+            f"the model takes {input_shape}, the images of {dataset} have {data.input_shape}"
+        )
+    return pixels(data.images)

@@ -66,8 +66,8 @@ class Report:
             "n": self.n,
             "clean_accuracy": self.clean_accuracy,
             "certified_accuracy": {repr(e): a for e, a in self.certified_accuracy.items()},
-            "median_radius": _finite(self.median_radius),
-            "lipschitz": _finite(self.lipschitz),
+            "median_radius": finite(self.median_radius),
+            "lipschitz": finite(self.lipschitz),
             "certificate": self.certificate,
             "seconds": self.seconds,
         }
@@ -172,5 +172,6 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
 
 
-def _finite(number: float) -> float | None:
+def finite(number: float) -> float | None:
+    """Return a number, or ``None`` for JSON if it is infinite or NaN."""
     return number if math.isfinite(number) else None

@@ -54,9 +54,11 @@ class LipschitzGraph:
         self,
         model: nn.Module,
         input_shape: Sequence[int],
-        domain: tuple[float, float] | None = None,
+        domain: Sequence[float] | None = None,
     ) -> None:
-        if domain is not None and not -math.inf < domain[0] < domain[1] < math.inf:
+        if domain is not None and not (
+            len(domain) == 2 and -math.inf < domain[0] < domain[1] < math.inf
+        ):
             raise ValueError(f"expected a domain (low, high) with low < high, got {domain}")
         refuse_what_tracing_misses(model)
         register_installed()
@@ -73,8 +75,9 @@ class LipschitzGraph:
             graph = trace(root)
             shapes = check_against_module(root, graph, example)
             self._recorder = _Recorder(root, graph)
-            centres = None if domain is None else self._centres(example[:1], domain)
-            start = Input(self.device, domain)
+            limits = None if domain is None else (float(domain[0]), float(domain[1]))
+            centres = None if limits is None else self._centres(example[:1], limits)
+            start = Input(self.device, limits)
             self._walker = _Walker(root, graph, shapes, centres, start)
         finally:
             for module, mode in training.items():

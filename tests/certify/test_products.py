@@ -101,7 +101,7 @@ def test_products_of_all_kinds(function: object) -> None:
 
 
 def test_products_need_a_domain() -> None:
-    with pytest.raises(UnsupportedModel, match=r"node 'mul': .*give the domain"):
+    with pytest.raises(UnsupportedModel, match=r"node 'mul': .*give the range"):
         CertifiedModel(Apply(lambda x: x * x), (3,))
     with pytest.raises(UnsupportedModel, match="repeats both"):
         CertifiedModel(Apply(lambda x: x[:, :1] * x[:, :, :1]), (3, 3), domain=UNIT)
