@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -73,6 +74,7 @@ class LipschitzGraph:
         try:
             root = Root(model)
             graph = trace(root)
+            _refuse_early(root, graph)
             shapes = check_against_module(root, graph, example)
             self._recorder = _Recorder(root, graph)
             limits = None if domain is None else (float(domain[0]), float(domain[1]))
@@ -161,8 +163,9 @@ class _Walker(fx.Interpreter):
         if not any(_holds_signal(self.env[used]) for used in n.all_input_nodes):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        rule = self._rule(n)
         try:
-            result = self._rule(n)(*args, **kwargs)
+            result = rule(*args, **kwargs)
         except UnsupportedModel as refusal:
             raise UnsupportedModel(f"node {label_of(n)}: {refusal}") from None
         except TypeError as error:  # arguments that the rule does not provide for
@@ -192,31 +195,56 @@ class _Walker(fx.Interpreter):
         return replace(result, shape=shape, name=label_of(n).strip("'"), node=node, centre=centre)
 
     def _rule(self, n: fx.Node) -> Callable[..., Any]:
-        if n.op == "call_module":
-            module = self.submodules[str(n.target)]
-            kind = kind_of(module)
-            key: object = kind
-            name = f"{kind.__module__}.{kind.__qualname__}"
-            if key in RULES:
-                rule = RULES[key]
-                return lambda *args, **kwargs: rule(module, *args, **kwargs)
-        else:
-            key = n.target
-            name = f"tensor method {n.target!r}" if n.op == "call_method" else _name_of(n.target)
-            if key in RULES:
-                return RULES[key]
-        if key in REFUSALS:
-            raise UnsupportedModel(f"{name}: {REFUSALS[key]}")
-        raise UnsupportedModel(
-            f"no Lipschitz rule for {name}; register one with @certify.lipschitz_rule"
-        )
+        key, _ = _operation(self.module, n)
+        if key not in RULES:
+            raise _refusal(self.module, n)
+        rule = RULES[key]
+        return functools.partial(rule, _module_of(self.module, n)) if _is_module(n) else rule
+
+
+def _refuse_early(root: nn.Module, graph: fx.Graph) -> None:
+    """Refuse modules without a rule, and torch's functions that cannot have one, before any runs.
+
+    Whatever else has no rule may turn out to be about sizes, and is left to the walk.
+    """
+    for n in graph.nodes:
+        if n.op not in ("call_module", "call_function") or not n.all_input_nodes:
+            continue
+        key, name = _operation(root, n)
+        functional = key in REFUSALS and name.startswith("torch.nn.functional.")
+        weights = _is_module(n) and all(used.op == "get_attr" for used in n.all_input_nodes)
+        if key not in RULES and not weights and (_is_module(n) or functional):
+            raise _refusal(root, n)
+
+
+def _is_module(n: fx.Node) -> bool:
+    return n.op == "call_module"
+
+
+def _module_of(root: nn.Module, n: fx.Node) -> nn.Module:
+    return root.get_submodule(str(n.target))
+
+
+def _operation(root: nn.Module, n: fx.Node) -> tuple[object, str]:
+    """What a node does, as a key of rules, and its name for people."""
+    if _is_module(n):
+        kind = kind_of(_module_of(root, n))
+        return kind, f"{kind.__module__}.{kind.__qualname__}"
+    if n.op == "call_method":
+        return n.target, f"tensor method {n.target!r}"
+    module = getattr(n.target, "__module__", "?")
+    return n.target, f"{module}.{getattr(n.target, '__name__', n.target)}"
+
+
+def _refusal(root: nn.Module, n: fx.Node) -> UnsupportedModel:
+    key, name = _operation(root, n)
+    reason = f"no Lipschitz rule for {name}; register one with @certify.lipschitz_rule"
+    if key in REFUSALS:
+        reason = f"{name}: {REFUSALS[key]}"
+    return UnsupportedModel(f"node {label_of(n)}: {reason}")
 
 
 def _holds_signal(value: Any) -> bool:
     if isinstance(value, (Signal, Tensor)):
         return isinstance(value, Signal)
     return any(isinstance(leaf, Signal) for leaf in pytree.tree_leaves(value))
-
-
-def _name_of(function: Any) -> str:
-    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__name__', function)}"

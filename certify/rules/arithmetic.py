@@ -73,8 +73,8 @@ def _product(x: Signal, y: Signal) -> Signal:
     if x.input.domain is None:
         raise UnsupportedModel(
             "a product of two tensors that depend on the input is not Lipschitz: its slope grows "
-            "with its factors; give the range of the input, domain=(0, 1) or --domain 0,1, to bound "
-            "it there"
+            "with its factors; give the range of the input, domain=(0, 1) or --domain 0,1, to "
+            "bound it there"
         )
     joint = tuple(torch.broadcast_shapes(x.shape, y.shape))
     if x.shape != joint:

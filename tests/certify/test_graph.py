@@ -587,7 +587,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_training_modes_are_restored_after_a_refusal() -> None:
-    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Softmax(1)))
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Tanh()))
     model[1].eval()
     with pytest.raises(ValueError, match="does not fit"):
         LipschitzGraph(nn.Sequential(model, nn.Linear(3, 3)), (4,))
