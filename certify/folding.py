@@ -1,4 +1,4 @@
-"""Copies of models in which weights that older torch functions compute in hooks are plain."""
+"""Copies of models in which weights that are computed from others are plain."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from certify.signal import UnsupportedModel
+from certify.tracing import kind_of
 
 
 def copy_with_plain_weights(model: nn.Module) -> nn.Module:
-    """Copy a model; weights of ``weight_norm``, ``spectral_norm`` and ``prune`` become parameters.
+    """Copy a model; parametrised weights become parameters.
 
-    The functions of ``torch.nn.utils`` that do not use ``parametrize`` set the weight in a hook
-    before each forward. In the copy it is what that hook would set in evaluation.
+    In the copy a weight is what the model computes with in evaluation, in the model's own dtype:
+    with any parametrisation of ``torch.nn.utils.parametrize``, and with the older functions of
+    ``torch.nn.utils`` (``weight_norm``, ``spectral_norm``, ``prune``) that set it in a hook before
+    each forward.
 
     Raises:
         UnsupportedModel: a model that cannot be copied.
@@ -36,7 +39,8 @@ def copy_with_plain_weights(model: nn.Module) -> nn.Module:
             "Delete or detach them"
         ) from error
     copied.eval()
-    for module in copied.modules():
+    for module in list(copied.modules()):
+        _fold_parametrizations(module)
         for name, hook in _hooked(module).items():
             if isinstance(hook, WeightNorm):
                 remove_weight_norm(module, name)
@@ -45,6 +49,23 @@ def copy_with_plain_weights(model: nn.Module) -> nn.Module:
             else:
                 prune.remove(module, name)
     return copied
+
+
+def _fold_parametrizations(module: nn.Module) -> None:
+    """Put computed weights in the place of their parametrisations.
+
+    The class that ``parametrize`` made for the module is shared by copies, so that
+    ``remove_parametrizations`` would take the weights of the original away.
+    """
+    original = kind_of(module)
+    if original is type(module):
+        return
+    parametrizations = module._modules.pop("parametrizations")
+    assert isinstance(parametrizations, nn.ModuleDict)
+    values = {name: parametrizations[name]().detach() for name in parametrizations}
+    module.__class__ = original
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def _hooked(module: nn.Module) -> dict[str, Any]:

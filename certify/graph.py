@@ -73,7 +73,7 @@ class LipschitzGraph:
         model.eval()
         try:
             root = Root(model)
-            graph = trace(root)
+            graph = trace(root, example)
             _refuse_early(root, graph)
             shapes = check_against_module(root, graph, example)
             self._recorder = _Recorder(root, graph)

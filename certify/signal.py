@@ -75,6 +75,17 @@ class Lipschitz:
 
 
 @dataclass(frozen=True, eq=False)
+class Wrapping(Lipschitz):
+    """Circular padding, which a convolution right behind it can take for its own.
+
+    Attributes:
+        amounts: entries added at both ends of each spatial axis.
+    """
+
+    amounts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Flatten:
     """``(N, C, ...)`` to ``(N, C * ...)``."""
 

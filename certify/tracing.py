@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from certify.rules import REFUSALS, RULES
 from certify.signal import UnsupportedModel
+from certify.sizes import SizeTracer
 
 _SCALES = (0.0, 1e-2, 1e2, 1.0, -1.0)  # of the example's entries: branches on values show up
 BATCH = len(_SCALES)  # samples in the example that checks the traced graph
@@ -21,7 +22,7 @@ _PARTS = [1, 1, 1, 2]  # in which they are given to the module again
 _ROOT = "the model itself"
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(SizeTracer):
     """Trace down to modules that have a rule, and to torch's own."""
 
     proxy_buffer_attributes = True
@@ -59,10 +60,10 @@ class Root(nn.Module):
         return self.model(x)
 
 
-def trace(root: Root) -> fx.Graph:
-    """Trace a model; refuse what cannot be."""
+def trace(root: Root, example: Tensor) -> fx.Graph:
+    """Trace a model with sizes as those of an example; refuse what cannot be traced."""
     try:
-        return _Tracer().trace(root)
+        return _Tracer(example).trace(root)
     except Exception as error:  # whatever the user's forward raises on a symbolic input
         raise UnsupportedModel(
             f"the forward of {type(root.model).__name__} cannot be traced ({_reason(error)}); "

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from certify.operators import Convolution, Matrix, Scale
 from certify.rules.registry import lipschitz_rule
-from certify.signal import Signal, UnsupportedModel
+from certify.signal import Signal, UnsupportedModel, Wrapping
 from ff_bounds.padding import padding_amounts
 from models import Normalize
 
@@ -44,11 +44,15 @@ def convolution(
     x = _only_input(input, weight, bias)
     axes = weight.ndim - 2
     _check_axes(x, axes)
+    if not isinstance(padding, str):
+        padding = per_axis(padding, axes)
+        if isinstance(x.step, Wrapping) and not any(padding):
+            padding, padding_mode, x = x.step.amounts, "circular", x.parents[0]
     return x.through(
         Convolution(
             weight,
             stride=per_axis(stride, axes),
-            padding=padding if isinstance(padding, str) else per_axis(padding, axes),
+            padding=padding,
             dilation=per_axis(dilation, axes),
             groups=groups,
             padding_mode=padding_mode,

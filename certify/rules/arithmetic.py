@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from certify.signal import Product, Signal, UnsupportedModel, side_by_side, tota
 @lipschitz_rule(operator.add, torch.add, "add", "add_")
 def add(x: Any, y: Any, *, alpha: float = 1) -> Signal:
     """``Lip(f + g) <= Lip f + Lip g``; a constant changes nothing."""
-    refuse_repetition(x, y)
+    x, y = broadcast(x, y)
     if not isinstance(y, Signal):
         return signal_of(x)
     if alpha != 1:
@@ -48,7 +49,7 @@ def multiply(x: Any, y: Any) -> Signal:
     """By a constant: the largest of its entries. A product of two signals: see `Product`."""
     if isinstance(x, Signal) and isinstance(y, Signal):
         return _product(x, y)
-    refuse_repetition(x, y)
+    x, y = broadcast(x, y)
     signal, factors = (x, y) if isinstance(x, Signal) else (signal_of(y), x)
     return _times(signal, factors, roundings=0)
 
@@ -63,7 +64,7 @@ def divide(x: Any, y: Any, *, rounding_mode: None = None) -> Signal:
         raise UnsupportedModel(f"division with rounding_mode={rounding_mode!r} is not continuous")
     if isinstance(y, Signal):
         raise UnsupportedModel("division by a tensor that depends on the input is not Lipschitz")
-    refuse_repetition(x, y)
+    x, y = broadcast(x, y)
     divisor = torch.as_tensor(y, dtype=torch.float64)
     return _times(x, divisor.reciprocal(), roundings=1)
 
@@ -103,7 +104,7 @@ def _times(x: Signal, factors: Any, roundings: int) -> Signal:
 @lipschitz_rule(torch.maximum, torch.minimum, torch.fmax, torch.fmin, "maximum", "minimum")
 def larger(x: Any, y: Any) -> Signal:
     """Entry by entry ``|max(a, b) - max(c, d)| <= ||(a, b) - (c, d)||``; the same for min."""
-    refuse_repetition(x, y)
+    x, y = broadcast(x, y)
     if isinstance(x, Signal) and isinstance(y, Signal):
         return side_by_side([x, y]).scaled()
     return signal_of(x if isinstance(x, Signal) else y).elementwise(0.0, 1.0)
@@ -138,16 +139,20 @@ def signal_of(x: Any) -> Signal:
     return x
 
 
-def refuse_repetition(x: Any, y: Any) -> None:
-    """Refuse broadcasting that repeats entries of a signal or brings samples together."""
+def broadcast(x: Any, y: Any) -> tuple[Any, Any]:
+    """Repeat the entries of signals as broadcasting does; refuse what brings samples together."""
     shapes = [tuple(getattr(term, "shape", ())) for term in (x, y)]
     joint = tuple(torch.broadcast_shapes(*shapes))
+    found = []
     for term, shape in zip((x, y), shapes, strict=True):
-        if isinstance(term, Signal) and shape != joint:
-            raise UnsupportedModel(f"broadcasting {shape} to {joint} repeats entries")
-        if (
-            not isinstance(term, Signal)
-            and len(shape) == len(joint)
-            and shape[:1] not in ((), (1,))
-        ):
-            raise UnsupportedModel("a constant with one entry for each sample of a batch")
+        if not isinstance(term, Signal):
+            if len(shape) == len(joint) and shape[:1] not in ((), (1,)):
+                raise UnsupportedModel("a constant with one entry for each sample of a batch")
+            found.append(term)
+            continue
+        if len(shape) != len(joint) or shape[0] != joint[0]:
+            raise UnsupportedModel(f"broadcasting {shape} to {joint} moves the batch axis")
+        times = math.prod(joint) // math.prod(shape)
+        repeated = term if times == 1 else term.scaled(math.sqrt(times) * (1 + 2**-50))
+        found.append(replace(repeated, shape=joint) if times > 1 else term)
+    return found[0], found[1]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from certify.rules.registry import by_attributes, lipschitz_rule
-from certify.signal import Flatten, Signal, UnsupportedModel, side_by_side
+from certify.signal import Flatten, Signal, UnsupportedModel, Wrapping, side_by_side
 from ff_bounds.padding import duplication
 
 
@@ -231,7 +231,11 @@ def pad(input: Signal, pad: Any, mode: str = "constant", value: float | None = N
             else:
                 raise UnsupportedModel(f"F.pad with mode={mode!r}")
     root = math.sqrt(repeats) * (1 + 2**-50) if repeats > 1 else 1.0
-    return x.scaled(root, channelwise=len(pairs) < len(x.shape) - 1)
+    channelwise = len(pairs) < len(x.shape) - 1
+    if mode == "circular" and len(pairs) == len(x.shape) - 2 and all(a == b for a, b in pairs):
+        amounts = tuple(before for before, _ in reversed(pairs))
+        return Signal(x.shape, Wrapping(root, channelwise, amounts), (x,))
+    return x.scaled(root, channelwise=channelwise)
 
 
 def _pad_by(mode: str, *modules: type) -> None:

@@ -117,7 +117,7 @@ def test_branches_that_are_added_share_their_factors() -> None:
     assert sizes == [2, 4]  # the left branch; the first layer with the right branch
     by_name = {signal.name: signal for signal in layouts}
     scales = random_scales(output)
-    shared = [scales[by_name[name]] for name in ("first", "right.1", "act")]
+    shared = [scales[by_name[name]] for name in ("first", "right.0 + right.1", "act")]
     assert torch.equal(shared[0], shared[1])
     assert torch.equal(scales[by_name["flatten"]], scales[by_name["cat"]].repeat_interleave(4))
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 from certify import CertifiedModel, UnsupportedModel
 from certify.bounding import Bounding, merged
 from certify.graph import LipschitzGraph
-from certify.norms import proven_norms
+from certify.norms import NetworkEstimator, proven_norms
 
 
 class Layer(nn.Module):
@@ -614,3 +614,65 @@ def test_bounds_of_the_walk_have_gradients() -> None:
         assert gradient is not None
         assert bool(gradient.isfinite().all())
         assert bool(gradient.any())
+
+
+# --- control flow on sizes --------------------------------------------------------------------
+
+
+def asserts_its_sizes(self: Layer, x: Tensor) -> Tensor:
+    assert x.size(1) == 4
+    if x.shape[-1] != 4 or len(x.shape) != 2 or x.ndim > 2:
+        raise ValueError
+    return self.linear(x)
+
+
+def loops_over_features(self: Layer, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    return torch.stack([y[:, i] * (i + 1) for i in range(x.shape[1])], 1)
+
+
+def grows_to_a_multiple(self: Layer, x: Tensor) -> Tensor:
+    missing = -x.shape[1] % 6
+    return F.pad(x, (0, int(missing))) if missing else x
+
+
+def chooses_by_its_batch(self: Layer, x: Tensor) -> Tensor:
+    return self.linear(x) if x.shape[0] > 1 else 2 * self.linear(x)
+
+
+@pytest.mark.parametrize("function", [asserts_its_sizes, loops_over_features, grows_to_a_multiple])
+def test_sizes_may_decide(function: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    model = forward(function)()
+    certified = CertifiedModel(model, (4,))
+    x = torch.randn(50, 4, dtype=torch.float64)
+    y = x + torch.randn_like(x)
+    torch.testing.assert_close(certified.logits(x), certified.model(x))
+    change = (certified.logits(x) - certified.logits(y)).norm(dim=1) / (x - y).norm(dim=1)
+    assert change.max().item() <= certified.lipschitz().item()
+
+
+def test_the_size_of_the_batch_may_not() -> None:
+    with pytest.raises(UnsupportedModel, match="other samples"):
+        CertifiedModel(forward(chooses_by_its_batch)(), (4,))
+
+
+def test_parametrisations_of_the_original_survive() -> None:
+    """Copies share the class that ``parametrize`` makes; the original keeps its weights."""
+    model = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.ReLU())
+    before = model[0].weight.detach().clone()
+    certified = CertifiedModel(model, (4,))
+    assert torch.equal(model[0].weight, before)
+    assert type(certified.model[0]) is nn.Linear
+    assert certified.lipschitz().item() == pytest.approx(1.0, rel=1e-5)
+    assert torch.equal(certified.model[0].weight, before.double())
+
+
+def test_parametrised_weights_can_be_estimated_in_training() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU())
+    estimate = NetworkEstimator(model.train(), (4,))(30).lipschitz()
+    assert estimate.item() == pytest.approx(
+        CertifiedModel(model, (4,)).lipschitz().item(), rel=1e-3
+    )
+    estimate.backward()
+    assert model[0].parametrizations.weight.original0.grad is not None

@@ -15,6 +15,7 @@ from tests.certify.rules.harness import NOISE, Case, certify, check, gain, on, t
 
 ONES = torch.ones(3, dtype=torch.float64)
 MATRIX = torch.tensor([[0.5, 2.0, 1.0], [-3.0, 1.0, 0.0]], dtype=torch.float64)
+NINE = torch.ones(1, 1, 3, 3, dtype=torch.float64)
 KERNELS = {
     axes: torch.linspace(-1, 2, 6 * 2**axes, dtype=torch.float64).reshape(3, 2, *[2] * axes)
     for axes in (1, 2, 3)
@@ -84,6 +85,13 @@ CASES = [
     Case("conv 3d", (nn.Conv3d,), lambda: nn.Conv3d(1, 2, 2, 2), (1, 4, 4, 4)),
     Case("F.conv1d", (F.conv1d,), on(lambda x: F.conv1d(x, KERNELS[1], stride=2)), (2, 4)),
     Case("F.conv2d", (F.conv2d,), on(lambda x: F.conv2d(x, KERNELS[2], stride=2)), (2, 4, 4)),
+    Case(
+        "conv behind circular padding",  # one circulant map, not two factors
+        (F.conv2d, F.pad),
+        on(lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), NINE)),
+        (1, 4, 4),
+        1.01,
+    ),
     Case("F.conv3d", (F.conv3d,), on(lambda x: F.conv3d(x, KERNELS[3], stride=2)), (2, 4, 4, 2)),
     *[
         Case(

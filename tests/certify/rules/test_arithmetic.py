@@ -60,6 +60,8 @@ CASES = [
             ("true_divide", "true_divide", lambda x, c: x.true_divide(c)),
         )
     ],
+    Case("entries that are repeated", (operator.add,), on(lambda x: x[:, :1] + x), (3,), 1.2),
+    Case("less its mean", (operator.sub,), on(lambda x: x - x.mean(1, keepdim=True)), (4,), 2.1),
     Case("constant - x", (operator.sub,), on(lambda x: 1.0 - x), (3,)),
     Case("constant * x", (operator.mul,), on(lambda x: -3 * x), (3,)),
     Case("x + alpha x", (torch.add,), on(lambda x: torch.add(x, x, alpha=-3)), (3,), 2.1),
