@@ -391,3 +391,52 @@ def test_kill_and_resume_gives_the_same_weights(tmp_path: Path) -> None:
     resumed = load_checkpoint(killed / "ckpt.pt").state_dict
     for name, value in straight.items():
         assert torch.equal(value, resumed[name])
+
+
+# --- certify bound ----------------------------------------------------------------------------
+
+
+def test_bound_a_checkpoint(run_folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "layers.json"
+    result = invoke("bound", "--model", run_folder / "ckpt.pt", "--json", target)
+    assert result.exit_code == 0, result.output
+    assert "norm <=" in result.output
+    assert "channels balanced between layers" in result.output
+    content = json.loads(target.read_text())
+    assert content["seen"] <= content["lipschitz"]["balance"] <= content["lipschitz"]["none"]
+    assert len(content["layers"]) >= 2
+
+
+def test_bound_of_the_users_model_and_levels(write_code: WriteCode) -> None:
+    write_code("nets/small.py", NETS)
+    arguments = ("bound", "--model", "nets.small:Linear", "--input-shape", "1,28,28")
+    result = invoke(*arguments, "--tighten", "merge", "--method", "fantastic_four")
+    assert result.exit_code == 0, result.output
+    assert "linear 784 -> 10" in result.output
+    assert "normalisation merged" in result.output
+    assert "balanced" not in result.output
+
+
+def test_bad_arguments_of_bound(run_folder: Path, tmp_path: Path) -> None:
+    model = run_folder / "ckpt.pt"
+    for extra, message in (
+        (("--domain", "1,0"), "expected a domain"),
+        (("--json", tmp_path / "none" / "layers.json"), "does not exist"),
+        (("--dataset", "nothing"), "nothing"),
+        (("--input-shape", "3,5,5"), "does not fit"),
+    ):
+        assert_one_line(invoke("bound", "--model", model, *extra), message)
+
+
+def test_eval_takes_a_domain_and_tightenings(run_folder: Path) -> None:
+    model = run_folder / "ckpt.pt"
+    found = []
+    for level in ("none", "balance"):
+        result = invoke(
+            "eval", "--model", model, "--limit", 20, "--tighten", level, "--domain", "0,1"
+        )
+        assert result.exit_code == 0, result.output
+        match = re.search(r"Lipschitz constant +(\S+)", result.output)
+        assert match is not None
+        found.append(float(match[1]))
+    assert found[1] <= found[0]  # sorting channels leaves nothing to gain
