@@ -1,10 +1,11 @@
 """Every classification architecture of torchvision: bounded, or refused and why.
 
-    python benchmarks/architectures.py [--only resnet18 --only vgg11] [--pairs 10000] --csv FILE
+    python benchmarks/architectures.py [--only resnet18 --only vgg11] [--pairs 10000] [--csv FILE]
+                                       [--markdown docs/architectures.md]
 
 Each network is initialised as torchvision does it, without training. The bound is compared with
-ratios `|f(x) - f(y)| / |x - y|` of random pairs and of pairs moved uphill. Rows of a CSV that exists
-already are not computed again.
+ratios `|f(x) - f(y)| / |x - y|` of random pairs and of pairs moved uphill. Rows of a CSV that
+exists already are not computed again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,19 @@ from certify.architectures import build
 
 SIZES = {"alexnet": 64, "inception_v3": 96, "maxvit_t": 224, "vit_h_14": 224}
 NATIVE = ("vit", "swin")
+HEAD = """# torchvision's classification architectures
+
+Made by `python benchmarks/architectures.py --markdown docs/architectures.md` ({settings},
+{versions}). Weights as torchvision initialises them, without training: the
+numbers say what is supported and how loose a global bound of a deep network is, not how robust a
+trained one would be. "seen" is the largest ratio `|f(x) - f(y)| / |x - y|` among random pairs and
+pairs moved uphill. Networks with squeeze and excitation multiply tensors: they are bounded on
+images with pixels in [0, 1].
+
+| architecture | parameters | input | domain | Lipschitz constant | seen | pairs | seconds |
+|---|---|---|---|---|---|---|---|
+"""
+
 FIELDS = ["architecture", "parameters", "input", "domain", "lipschitz", "seen", "pairs", "seconds"]
 FIELDS += ["refused"]
 
@@ -102,9 +116,16 @@ def row(name: str, pairs: int, method: str, tighten: str) -> dict[str, object]:
 @click.option("--method", default="fantastic_four", show_default=True)
 @click.option("--tighten", default="merge", show_default=True)
 @click.option("--csv", "path", type=Path, default=Path("architectures.csv"), show_default=True)
+@click.option("--markdown", type=Path, help="Write the table as a page.")
 @click.option("--threads", default=2, show_default=True)
 def main(
-    only: tuple[str, ...], pairs: int, method: str, tighten: str, path: Path, threads: int
+    only: tuple[str, ...],
+    pairs: int,
+    method: str,
+    tighten: str,
+    path: Path,
+    markdown: Path | None,
+    threads: int,
 ) -> None:
     """Bound every classification architecture of torchvision, or say why not."""
     warnings.simplefilter("ignore")
@@ -123,6 +144,23 @@ def main(
                 table.writerows(rows)
         found = next(found for found in rows if found["architecture"] == name)
         click.echo("  ".join(f"{found.get(field, '')}" for field in FIELDS))
+    if markdown is not None:
+        markdown.write_text(page(rows, f"method {method}, tighten {tighten}"))
+
+
+def page(rows: list[dict[str, object]], settings: str) -> str:
+    """Return all rows as a page of documentation."""
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    lines = HEAD.format(settings=settings, versions=versions).splitlines()
+    bounded = [row for row in rows if not row.get("refused")]
+    for row in bounded:
+        cells = [f"{float(str(row['parameters'])) / 1e6:.1f} M", f"{row['input']}²"]
+        cells += [str(row.get("domain") or "all"), str(row["lipschitz"]), str(row["seen"])]
+        cells += [str(row["pairs"]), str(row["seconds"])]
+        lines.append(f"| {row['architecture']} | {' | '.join(cells)} |")
+    lines += ["", "Refused:", "", "| architecture | why |", "|---|---|"]
+    lines += [f"| {row['architecture']} | {row['refused']} |" for row in rows if row.get("refused")]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
