@@ -246,15 +246,19 @@ class Bounding:
             ``(product, middle, earlier, m, r)``: the composition, the signal after the earlier
             affine step, the one before it, and the slopes ``m +- r`` between them.
         """
-        middle = source.parents[0] if isinstance(source.step, Slopes) else source
+        middle, low, high = source, 1.0, 1.0
+        if isinstance(middle.step, Flatten):
+            middle = middle.parents[0]
+        if isinstance(middle.step, Slopes):
+            low, high = middle.step.low, middle.step.high
+            middle = middle.parents[0]
+        if isinstance(middle.step, Flatten):
+            middle = middle.parents[0]
         if not isinstance(middle.step, Affine):
             return None
         before = self.operator(middle)
         if isinstance(before, Scale):
             return None
-        low, high = 1.0, 1.0
-        if isinstance(source.step, Slopes):
-            low, high = source.step.low, source.step.high
         if masks(operator, before):
             low, high = min(low, 0.0), max(high, 0.0)
         key = (operator, before)

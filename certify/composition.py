@@ -123,6 +123,8 @@ def compose(after: Weighted, before: Weighted) -> Weighted | None:
     sum of at most ``n`` products, hence off by ``gamma_{n+1}`` times the same sum of absolute
     values, and the norm of that error is at most ``gamma_{n+1} sum_u ||W2_u||_F sum_t ||W1_t||_F``.
     """
+    if isinstance(after, Matrix) and isinstance(before, Convolution):
+        return _compose_flattened(after, before)
     if isinstance(after, Matrix) and isinstance(before, Matrix):
         first, second = before.effective_weight(), after.effective_weight()
         if first.shape[0] != second.shape[1] or second.shape[0] * first.shape[1] > MAX_ENTRIES:
@@ -137,6 +139,41 @@ def compose(after: Weighted, before: Weighted) -> Weighted | None:
     if not (_is_lattice(after) and _is_lattice(before)) or after.inputs != before.outputs:
         return None
     return _compose_convolutions(after, before)
+
+
+def _compose_flattened(after: Matrix, before: Convolution) -> Matrix | None:
+    """A matrix on all outputs of a convolution: its rows go through the adjoint, as they are.
+
+    The result is a matrix on all entries of the input, exact for its size. A matrix that acts on the
+    last axis only has fewer columns than the convolution has outputs, unless that axis is all.
+    """
+    sizes, amounts = before.input_size, _amounts(before)
+    if sizes is None or not _is_lattice(before) or any(a != b for a, b in amounts):
+        return None
+    rows = after.effective_weight().to(torch.float64)
+    outputs = [
+        (n + 2 * pad - dilation * (taps - 1) - 1) // step + 1
+        for n, (pad, _), dilation, taps, step in zip(
+            sizes, amounts, before.dilation, before.weight.shape[2:], before.stride, strict=True
+        )
+    ]
+    entries = before.inputs * math.prod(sizes)
+    if rows.shape[1] != before.outputs * math.prod(outputs) or len(rows) * entries > MAX_ENTRIES:
+        return None
+    adjoint = (torch.nn.grad.conv1d_input, torch.nn.grad.conv2d_input, torch.nn.grad.conv3d_input)
+    product = adjoint[len(sizes) - 1](
+        (len(rows), before.inputs, *sizes),
+        before.effective_weight().to(torch.float64),
+        rows.reshape(len(rows), before.outputs, *outputs),
+        before.stride,
+        tuple(pad for pad, _ in amounts),
+        before.dilation,
+        before.groups,
+    ).flatten(1)
+    if not bool(product.detach().isfinite().all()):
+        return None
+    terms = before.outputs * math.prod(before.weight.shape[2:]) + 4
+    return Matrix(product, error=_product_error(after, before, terms))
 
 
 def _compose_convolutions(after: Convolution, before: Convolution) -> Convolution | None:

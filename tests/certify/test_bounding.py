@@ -16,7 +16,7 @@ from certify.graph import LipschitzGraph
 from certify.joining import root_of_squares
 from certify.norms import proven_norms
 from certify.operators import Convolution, Matrix, Operator
-from certify.signal import Input, Signal, total
+from certify.signal import Flatten, Input, Signal, total
 from ff_bounds import conv_matrix, spectral_norm
 
 NOISE = 1.0 + 1e-12
@@ -284,3 +284,41 @@ def test_root_of_squares(values: list[float]) -> None:
 def test_root_of_an_infinite_square() -> None:
     pair = [torch.tensor(value, dtype=torch.float64) for value in (math.inf, 1.0)]
     assert root_of_squares(pair).item() == math.inf
+
+
+@pytest.mark.parametrize("flatten_first", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_matrix_after_a_convolution(seed: int, flatten_first: bool) -> None:
+    """Composed exactly, for the size of the input; slopes in either order with the flattening."""
+    draw = torch.Generator().manual_seed(seed)
+    first = random_convolution(2, 2, (4, 5), draw)
+    one, (height, width) = dense(first, (4, 5))
+    matrix = random_matrix(3, 2 * height * width, seed)
+    layers: list[nn.Module] = [nn.ReLU(), nn.Flatten()]
+    found = source(2, 4, 5).through(first)
+    found = Signal((5, 2, height, width), found.step, found.parents)
+    for layer in reversed(layers) if flatten_first else layers:
+        if isinstance(layer, nn.ReLU):
+            found = found.elementwise(0.0, 1.0)
+        else:
+            found = Signal((5, 2 * height * width), Flatten(), (found,))
+    output = found.through(matrix)
+    joint, plain = bound(output, join=True), bound(output, join=False)
+    assert joint <= plain
+    zero = torch.zeros(3, 40, dtype=torch.float64)
+    assert worst_slopes(matrix.weight, one, zero, 0.0, 1.0) <= joint * NOISE
+    if first.padding != "same":
+        product = spectral_norm(matrix.weight @ one).item()
+        norms = [proven_norms([o], "supremum")(o).item() for o in (matrix, first)]
+        assert joint == pytest.approx(min(product / 2 + norms[0] * norms[1] / 2, plain), rel=1e-6)
+
+
+def test_a_matrix_at_each_position_is_not_one_on_all_entries() -> None:
+    """Linear on the last axis of images is not composed with the convolution before it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Linear(3, 3), nn.Flatten()).double()
+    with torch.no_grad():
+        model[0].weight.fill_(2.0)
+    output = LipschitzGraph(model, (1, 3, 3)).walk()
+    exact = 2.0 * spectral_norm(model[1].weight).item()
+    assert exact <= bound(output, join=True) <= exact * (1 + 1e-6)
