@@ -106,13 +106,18 @@ def masks(after: Weighted, before: Weighted) -> bool:
     """Whether a projection onto the places between two convolutions matters."""
     if not isinstance(after, Convolution) or not isinstance(before, Convolution):
         return False
-    reads_outside = after.input_size is None or any(map(any, _amounts(after)))
     pointwise = (
         all(taps == 1 for taps in before.weight.shape[2:])
         and set(before.stride) == {1}
         and not any(map(any, _amounts(before)))
     )
-    return reads_outside and not pointwise
+    return _reads_outside(after) and not pointwise
+
+
+def _reads_outside(operator: Convolution) -> bool:
+    if operator.input_size is None:
+        return operator.padded
+    return any(map(any, _amounts(operator)))
 
 
 def compose(after: Weighted, before: Weighted) -> Weighted | None:
@@ -144,8 +149,8 @@ def compose(after: Weighted, before: Weighted) -> Weighted | None:
 def _compose_flattened(after: Matrix, before: Convolution) -> Matrix | None:
     """A matrix on all outputs of a convolution: its rows go through the adjoint, as they are.
 
-    The result is a matrix on all entries of the input, exact for its size. A matrix that acts on the
-    last axis only has fewer columns than the convolution has outputs, unless that axis is all.
+    The result is a matrix on all entries of the input, exact for its size. A matrix that acts on
+    the last axis only has fewer columns than the convolution has outputs, unless that is all.
     """
     sizes, amounts = before.input_size, _amounts(before)
     if sizes is None or not _is_lattice(before) or any(a != b for a, b in amounts):
@@ -213,6 +218,7 @@ def _compose_convolutions(after: Convolution, before: Convolution) -> Convolutio
         padding=tuple(offsets),
         dilation=(1,) * axes,
         groups=groups,
+        padded=_reads_outside(after) or _reads_outside(before),
         error=_product_error(after, before, terms),
     )
 

@@ -184,6 +184,7 @@ class Convolution(_Weighted):
         input_size: one number for each spatial axis; ``None`` where zero padding is only an offset
             on the infinite lattice.
         adjoint: whether this is the transposed convolution.
+        padded: without an ``input_size``, whether it may read places beyond its input.
     """
 
     stride: tuple[int, ...]
@@ -193,6 +194,7 @@ class Convolution(_Weighted):
     padding_mode: str = "zeros"
     input_size: tuple[int, ...] | None = None
     adjoint: bool = False
+    padded: bool = True
 
     @property
     def outputs(self) -> int:

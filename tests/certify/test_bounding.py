@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from certify.norms import proven_norms
 from certify.operators import Convolution, Matrix, Operator
 from certify.signal import Flatten, Input, Signal, total
 from ff_bounds import conv_matrix, spectral_norm
+from models import Normalize
 
 NOISE = 1.0 + 1e-12
 
@@ -322,3 +324,58 @@ def test_a_matrix_at_each_position_is_not_one_on_all_entries() -> None:
     output = LipschitzGraph(model, (1, 3, 3)).walk()
     exact = 2.0 * spectral_norm(model[1].weight).item()
     assert exact <= bound(output, join=True) <= exact * (1 + 1e-6)
+
+
+def difference() -> nn.Module:
+    conv = nn.Conv1d(1, 1, 2, bias=False).double()
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([[[1.0, -1.0]]]))
+    return conv
+
+
+def opposed() -> nn.Module:
+    """Two matrices of norm 3 whose product has norm 1."""
+    first, second = nn.Linear(2, 2).double(), nn.Linear(2, 2).double()
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 1 / 3]]))
+        second.weight.copy_(torch.tensor([[1 / 3, 0.0], [0.0, 3.0]]))
+    return nn.Sequential(first, second)
+
+
+def normalised() -> nn.Module:
+    conv = nn.Conv2d(2, 1, 1, bias=False).double()
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([0.1, 3.0]).reshape(1, 2, 1, 1))
+    return nn.Sequential(Normalize([0.0, 0.0], [0.1, 3.0]), conv)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "exact"),
+    [
+        (lambda: nn.Sequential(difference(), nn.AvgPool1d(2, 1)), (1, 40), 1.0),
+        (lambda: nn.Sequential(nn.AvgPool1d(2, 1), difference()), (1, 40), 1.0),
+        (lambda: nn.Sequential(difference(), difference(), nn.AvgPool1d(2, 1)), (1, 40), 1.54),
+        (opposed, (2,), 1.0),
+        (normalised, (2, 3, 3), 2.0**0.5),
+        (
+            lambda: nn.Sequential(nn.CircularPad1d(1), nn.Conv1d(1, 1, 3, bias=False)),
+            (1, 8),
+            None,
+        ),
+    ],
+)
+def test_pairs_that_are_one_map(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], exact: float | None
+) -> None:
+    """Convolution and pooling, matrices, normalisation, padding: not the product of the norms."""
+    torch.manual_seed(0)
+    model = make().double().eval()
+    output = merged(LipschitzGraph(model, shape).walk())
+    found = bound(output, join=True)
+    x = torch.eye(math.prod(shape), dtype=torch.float64).reshape(-1, *shape)
+    matrix = (model(x) - model(torch.zeros_like(x))).flatten(1)
+    true = spectral_norm(matrix).item()
+    assert true <= found * NOISE
+    assert found <= 1.02 * true
+    if exact is not None:
+        assert found == pytest.approx(exact, rel=1e-2)
