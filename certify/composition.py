@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import grad
 
 from certify.operators import (
     Convolution,
@@ -165,8 +167,8 @@ def _compose_flattened(after: Matrix, before: Convolution) -> Matrix | None:
     entries = before.inputs * math.prod(sizes)
     if rows.shape[1] != before.outputs * math.prod(outputs) or len(rows) * entries > MAX_ENTRIES:
         return None
-    adjoint = (torch.nn.grad.conv1d_input, torch.nn.grad.conv2d_input, torch.nn.grad.conv3d_input)
-    product = adjoint[len(sizes) - 1](
+    adjoint: Any = (grad.conv1d_input, grad.conv2d_input, grad.conv3d_input)[len(sizes) - 1]
+    product: Tensor = adjoint(
         (len(rows), before.inputs, *sizes),
         before.effective_weight().to(torch.float64),
         rows.reshape(len(rows), before.outputs, *outputs),
