@@ -153,10 +153,8 @@ class Bounding:
         Args:
             norms: measures the operators.
         """
-        reach: dict[Signal, Tensor] | None = None
-        if any(isinstance(signal.step, Product) for signal in self.order):
-            reach = self._carried(norms, None)
-        return self._carried(norms, reach)
+        products = any(isinstance(signal.step, Product) for signal in self.order)
+        return self._carried(norms, self._carried(norms, None) if products else {})
 
     def _carried(self, norms: Norms, reach: dict[Signal, Tensor] | None) -> dict[Signal, Tensor]:
         """Carry Lipschitz bounds, or (without ``reach``) how far signals get from their centres.
@@ -169,7 +167,7 @@ class Bounding:
             if isinstance(signal.step, Product):
                 values[signal] = product_value(signal, values, reach)
             elif isinstance(signal.step, Input):
-                start = 1.0 if reach is not None or signal.step.domain is None else radius(signal)
+                start = 1.0 if reach is not None else radius(signal)
                 device = signal.step.device
                 values[signal] = torch.tensor(start, dtype=torch.float64, device=device)
             else:
@@ -210,7 +208,7 @@ class Bounding:
         joined = self._joined(signal) if self._join else None
         if joined is None:
             return plain
-        return torch.minimum(plain, joined.bound(values, norms))
+        return torch.minimum(plain, joined.bound(values, norms, self.operator))
 
     def _through(
         self,

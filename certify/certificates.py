@@ -7,6 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CERTIFICATES = ("lipschitz", "local")
+"""By Lipschitz constants, or by local bounds about each input."""
+
+
+def check_certificate(name: str) -> None:
+    """Refuse an unknown kind of certificate."""
+    if name not in CERTIFICATES:
+        known = ", ".join(CERTIFICATES)
+        raise ValueError(f"expected certificate to be one of {known}, got {name!r}")
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -84,8 +94,21 @@ def certificate(logits: Tensor, margin_lipschitz: Tensor) -> Certificate:
     bounds = margin_lipschitz.detach().to(logits)
 
     prediction = logits.argmax(dim=1)
+    return Certificate(prediction, margin_radius(logits, prediction, bounds[prediction]))
+
+
+def margin_radius(logits: Tensor, prediction: Tensor, constants: Tensor) -> Tensor:
+    """Smallest quotient of a margin and its Lipschitz bound, rounded down.
+
+    Args:
+        logits: ``(N, C)`` float64.
+        prediction: ``(N,)`` classes with the largest logits.
+        constants: ``(N, C)``, at least zero or NaN, of the differences to the predicted class.
+
+    Returns:
+        ``(N,)``; zero where `certificate` says so.
+    """
     top = logits.gather(1, prediction[:, None])
-    constants = bounds[prediction]
     # Two roundings (difference, quotient) lie behind each entry, and one more in this product.
     # What overflows is rounded down: a radius is infinite only where the difference is constant.
     largest = torch.finfo(torch.float64).max
@@ -95,5 +118,4 @@ def certificate(logits: Tensor, margin_lipschitz: Tensor) -> Certificate:
     radii = radii.where(radii > 2.0**-1000, 0.0)  # a quotient that underflows may be rounded up
     radii.scatter_(1, prediction[:, None], torch.inf)
     sound = torch.isfinite(logits).all(dim=1)
-    radius = torch.where(sound, radii.amin(dim=1), torch.zeros_like(top[:, 0]))
-    return Certificate(prediction, radius)
+    return torch.where(sound, radii.amin(dim=1), torch.zeros_like(top[:, 0]))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from certify.certificates import Certificate, certificate
-from certify.folding import copy_with_plain_weights
+from certify.certificates import Certificate, check_certificate
+from certify.certificates import certificate as certified_by_margins
+from certify.folding import copy_with_plain_weights, refuse_other_results
 from certify.graph import LipschitzGraph
+from certify.local_network import LocalNetwork
+from certify.local_radius import local_certificate
 from certify.norms import check_method
-from certify.signal import UnsupportedModel
+from certify.signal import Signal, UnsupportedModel
 from certify.tightening import bound_network
 from certify.tracing import refuse_what_tracing_misses
 
@@ -62,12 +66,14 @@ class CertifiedModel:
     ) -> None:
         check_method(method)
         self.method = method
-        self._model = exact_copy(model)
+        self._tighten = tighten
+        self._model = exact_copy(model, input_shape)
         graph = LipschitzGraph(self._model, input_shape, domain)
         self.input_shape = tuple(input_shape)
         self.domain = domain
         self._device = graph.device
-        output = graph.walk()
+        self._graph = graph
+        self._output = output = graph.walk()
         self._shape = output.shape
         if len(self._shape) != 2:
             raise UnsupportedModel(f"expected logits (N, C), got shape {self._shape}")
@@ -100,34 +106,61 @@ class CertifiedModel:
         logits: Tensor = self._model(x.to(self._device, torch.float64))
         return logits
 
-    def certify(self, x: Tensor) -> Certificate:
+    def arguments(self, x: Tensor) -> dict[Signal, Tensor]:
+        """What enters the activations of `local` at inputs, as far as that is known."""
+        nodes = self._graph.arguments(x.to(self._device, torch.float64))
+        return {s: nodes[s.node] for s in self.local.activations() if s.node in nodes}
+
+    @cached_property
+    def local(self) -> LocalNetwork:
+        """The network as local bounds see it."""
+        scaled = self._tighten == "balance"  # whose bounds are of scaled tensors
+        bound = bound_network(self._output, self.method, "join") if scaled else self._bound
+        return LocalNetwork(bound)
+
+    def certify(self, x: Tensor, certificate: str = "lipschitz") -> Certificate:
         """Predict and certify inputs ``(N, *input_shape)``; see `certify.certificate`.
 
         With a ``domain`` the radii are about perturbed inputs within it.
 
+        Args:
+            x: the inputs.
+            certificate: ``"lipschitz"``: by global bounds; ``"local"``: by what activations of
+                straight pieces, as ReLU, can do near each input, which takes longer and is never
+                worse (`certify.local`).
+
         Raises:
-            ValueError: inputs of another shape, or outside the domain.
+            ValueError: inputs of another shape, or outside the domain, or another certificate.
         """
+        check_certificate(certificate)
         if self.domain is not None and not _within(x, self.domain):
             raise ValueError(f"expected inputs with entries in {list(self.domain)}")
         with torch.no_grad():
-            return certificate(self.logits(x), self.margin_lipschitz())
+            logits = self.logits(x)
+            if certificate == "lipschitz":
+                return certified_by_margins(logits, self.margin_lipschitz())
+            return local_certificate(self.local, self.arguments(x), logits, self.margin_lipschitz())
 
 
-def exact_copy(model: nn.Module) -> nn.Module:
+def exact_copy(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
     """Copy a model into float64, in evaluation mode, without gradients.
+
+    Args:
+        model: any module.
+        input_shape: shape of one sample.
 
     Raises:
         UnsupportedModel: a model that cannot be copied, or does what a graph does not show.
         ValueError: NaN or infinite parameters.
     """
-    model = copy_with_plain_weights(model)
+    original, model = model, copy_with_plain_weights(model)
     refuse_what_tracing_misses(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_complex() or tensor.is_meta:
             raise UnsupportedModel(f"{name!r} is complex or has no data")
         if not bool(torch.isfinite(tensor.detach()).all()):
             raise ValueError(f"expected finite parameters, got NaN or infinity in {name!r}")
+    refuse_other_results(original, model, input_shape)
     return model.to(torch.float64).requires_grad_(False)
 
 

@@ -190,6 +190,13 @@ def _describe(metrics: Any) -> str:
     type=click.Choice(_TIGHTENINGS),
     help="How far to go beyond the product of the norms.",
 )
+@click.option(
+    "--certificate",
+    default="lipschitz",
+    show_default=True,
+    type=click.Choice(["lipschitz", "local"]),
+    help="local: what ReLUs can do near each image; never worse, and slower.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @click.option("--batch-size", default=500, show_default=True, type=click.IntRange(min=1))
 @click.option("--csv", "csv_path", metavar="FILE", help="Write a row per image.")
@@ -210,6 +217,7 @@ def evaluate(
     eps: tuple[float, ...],
     method: str,
     tighten: str,
+    certificate: str,
     limit: int | None,
     batch_size: int,
     csv_path: str | None,
@@ -254,7 +262,14 @@ def evaluate(
             dataset, train=False, data_dir=data_dir or network.data_dir, download=download
         ).head(limit)
         with tqdm(total=len(data), unit="image", disable=None, leave=False) as bar:
-            report = certify_data(certified, data, eps, batch_size=batch_size, on_batch=bar.update)
+            report = certify_data(
+                certified,
+                data,
+                eps,
+                batch_size=batch_size,
+                certificate=certificate,
+                on_batch=bar.update,
+            )
         click.echo(report.to_table())
         if csv_path:
             write_text(csv_path, report.to_csv())

@@ -29,6 +29,7 @@ from certify.operators import (
     Weighted,
     may_scale,
     scaled,
+    sum_of_tap_norms,
 )
 from ff_bounds.padding import padding_amounts
 from ff_bounds.rounding import gamma, product_bound, round_up, sum_bound
@@ -77,7 +78,8 @@ def balanced(operator: Operator, outputs: Tensor | None, inputs: Tensor | None) 
 
 
 def _sane(*scales: Scale) -> bool:
-    return all(bool(scale.factors.detach().abs().amax() < 2.0**100) for scale in scales)
+    sizes = [scale.factors.detach().abs() for scale in scales]
+    return all(bool(((size > 2.0**-100) & (size < 2.0**100)).all()) for size in sizes)
 
 
 def _scale_outputs(
@@ -235,6 +237,8 @@ def add(first: Weighted, second: Weighted, factor: float) -> Weighted | None:
         if one.shape != other.shape:
             return None
         total = one + factor * other
+        if not bool(total.detach().isfinite().all()):
+            return None
     elif isinstance(first, Convolution) and isinstance(second, Convolution):
         if not (_is_lattice(first) and _is_lattice(second)) or first.stride != second.stride:
             return None
@@ -259,6 +263,8 @@ def add(first: Weighted, second: Weighted, factor: float) -> Weighted | None:
                 for a in range(axes)
             )
             total[(slice(None),) * 3 + window] += by * kernel
+        if not bool(total.detach().isfinite().all()):
+            return None
         result = Convolution(
             total.flatten(0, 1),
             stride=first.stride,
@@ -328,9 +334,7 @@ def _places(sizes: torch.Size) -> list[tuple[int, ...]]:
 
 def _size(operator: Weighted) -> Tensor:
     """``sum_t ||W_t||_F``, at least the norm on the lattice, of absolute values too."""
-    weight = operator.effective_weight().detach().to(torch.float64)
-    taps = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
-    return round_up(torch.linalg.vector_norm(taps, dim=(0, 1)).sum(), weight.numel() + 9)
+    return sum_of_tap_norms(operator.effective_weight())
 
 
 def _product_error(after: Weighted, before: Weighted, terms: int) -> Tensor:

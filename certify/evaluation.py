@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify.certificates import Certificate
+from certify.certificates import Certificate, check_certificate
 from certify.certified_model import CertifiedModel
 from certify.data import ImageData, pixels
 
@@ -30,6 +30,7 @@ class Report:
         lipschitz: proven Lipschitz bound of the network, input to logits.
         certificate: kind of certificate.
         seconds: time for all logits, bounds and radii.
+        globally: ``(N,)`` radii by global bounds, where ``certificate`` is another.
     """
 
     labels: Tensor
@@ -38,6 +39,7 @@ class Report:
     lipschitz: float
     certificate: str
     seconds: float
+    globally: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -60,6 +62,15 @@ class Report:
         right = self.found.prediction == self.labels
         return self.found.radius.where(right, 0.0).median().item()
 
+    @property
+    def gains(self) -> Tensor | None:
+        """What each right prediction with a radius gained over the global bounds, relatively."""
+        if self.globally is None:
+            return None
+        counts = (self.found.prediction == self.labels) & (self.globally > 0)
+        counts &= torch.isfinite(self.globally)
+        return self.found.radius[counts] / self.globally[counts] - 1.0
+
     def to_json(self) -> str:
         """Return the summary as JSON; budgets are keys, an infinite number is null."""
         summary: dict[str, Any] = {
@@ -71,6 +82,9 @@ class Report:
             "certificate": self.certificate,
             "seconds": self.seconds,
         }
+        if self.gains is not None:
+            summary["gained"] = int((self.gains > 0).sum())
+            summary["median_gain"] = _median(self.gains)
         return json.dumps(summary, indent=2, allow_nan=False) + "\n"
 
     def to_csv(self) -> str:
@@ -96,8 +110,13 @@ class Report:
             ("median radius", f"{self.median_radius:.3f}"),
             ("Lipschitz constant", f"{self.lipschitz:.4g}"),
             ("certificate", self.certificate),
-            ("images/s", f"{self.n / max(self.seconds, 1e-9):,.0f}"),
         ]
+        if self.gains is not None:
+            rows += [
+                ("images that gained", f"{int((self.gains > 0).sum()):,}"),
+                ("median gain", _percent(_median(self.gains))),
+            ]
+        rows.append(("images/s", f"{self.n / max(self.seconds, 1e-9):,.0f}"))
         return "\n".join(f"{name:<22}{value:>12}" for name, value in rows)
 
 
@@ -107,6 +126,7 @@ def evaluate(
     epsilons: Sequence[float] = (),
     *,
     batch_size: int = 500,
+    certificate: str = "lipschitz",
     on_batch: Callable[[int], None] | None = None,
 ) -> Report:
     """Certify every image of ``data``.
@@ -116,11 +136,12 @@ def evaluate(
         data: images and labels.
         epsilons: L2 budgets, in units of pixels in [0, 1].
         batch_size: images per forward pass.
+        certificate: as in `CertifiedModel.certify`.
         on_batch: called with the number of images done, after each batch.
 
     Raises:
         ValueError: no images, images of another shape than the network's input, labels that
-            it has no logit for, or a negative budget.
+            it has no logit for, a negative budget, or an unknown certificate.
     """
     if len(data) == 0:
         raise ValueError("there are no images to evaluate")
@@ -136,11 +157,15 @@ def evaluate(
         )
     if any(not 0 <= epsilon < math.inf for epsilon in epsilons):
         raise ValueError(f"expected eps >= 0, got {list(epsilons)}")
+    check_certificate(certificate)
     start = time.perf_counter()
     lipschitz = certified.lipschitz().item()
     parts: list[Certificate] = []
+    globally: list[Tensor] = []
     for batch in data.images.split(batch_size):
-        parts.append(certified.certify(pixels(batch)))
+        parts.append(certified.certify(pixels(batch), certificate))
+        if certificate != "lipschitz":
+            globally.append(certified.certify(pixels(batch)).radius)
         if on_batch is not None:
             on_batch(len(batch))
     found = Certificate(
@@ -148,7 +173,10 @@ def evaluate(
         torch.cat([part.radius for part in parts]).cpu(),
     )
     seconds = time.perf_counter() - start
-    return Report(data.labels, found, tuple(epsilons), lipschitz, "lipschitz", seconds)
+    before = torch.cat(globally).cpu() if globally else None
+    return Report(
+        data.labels, found, tuple(epsilons), lipschitz, certificate, seconds, globally=before
+    )
 
 
 def epsilon_name(epsilon: float) -> str:
@@ -166,6 +194,10 @@ def epsilon_name(epsilon: float) -> str:
 
 def _mean(flags: Tensor) -> float:
     return flags.double().mean().item()
+
+
+def _median(values: Tensor) -> float:
+    return values.median().item() if len(values) else 0.0
 
 
 def _percent(fraction: float) -> str:

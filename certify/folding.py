@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from certify.signal import UnsupportedModel
-from certify.tracing import kind_of
+from certify.tracing import agree, example_of, kind_of
 
 
 def copy_with_plain_weights(model: nn.Module) -> nn.Module:
@@ -41,14 +43,37 @@ def copy_with_plain_weights(model: nn.Module) -> nn.Module:
     copied.eval()
     for module in list(copied.modules()):
         _fold_parametrizations(module)
-        for name, hook in _hooked(module).items():
-            if isinstance(hook, WeightNorm):
-                remove_weight_norm(module, name)
-            elif isinstance(hook, SpectralNorm):
-                remove_spectral_norm(module, name)
-            else:
-                prune.remove(module, name)
+        _fold_hooks(module)
     return copied
+
+
+def refuse_other_results(model: nn.Module, copied: nn.Module, input_shape: Sequence[int]) -> None:
+    """Refuse a copy that does not compute what the model does, if weights were folded in it.
+
+    So it is where a weight is random, or another's hook does more than torch's.
+
+    Raises:
+        UnsupportedModel: it differs by more than rounding on an example.
+    """
+    if not any(kind_of(m) is not type(m) or _hooked(m) for m in model.modules()):
+        return
+    floating = next((t for t in model.parameters() if t.is_floating_point()), torch.zeros(()))
+    example = example_of(input_shape).to(floating)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            results = [module(example.clone()) for module in (model, copied)]
+    except Exception:  # the shape, or anything else, is refused in words elsewhere
+        return
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    if not all(isinstance(result, Tensor) for result in results) or not agree(*results):
+        raise UnsupportedModel(
+            "weights that are computed in hooks or parametrisations are not the same each time, "
+            "or not what torch computes there"
+        )
 
 
 def _fold_parametrizations(module: nn.Module) -> None:
@@ -68,6 +93,20 @@ def _fold_parametrizations(module: nn.Module) -> None:
         module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
+def _fold_hooks(module: nn.Module) -> None:
+    """Put weights that torch's hooks set in the place of what they are computed from."""
+    hooked = _hooked(module)
+    if len(hooked) < len(module._forward_pre_hooks):
+        return  # with hooks of others among them, which are refused
+    for hook in list(module._forward_pre_hooks.values()):
+        hook(module, ())
+    module._forward_pre_hooks.clear()
+    for name in hooked:
+        value = getattr(module, name).detach().clone()  # not shared with tied weights
+        vars(module).pop(name, None)
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
 def _hooked(module: nn.Module) -> dict[str, Any]:
     """Names of the weights that hooks of torch's own set, with these hooks."""
     found: dict[str, Any] = {}
@@ -75,6 +114,9 @@ def _hooked(module: nn.Module) -> dict[str, Any]:
     for hook in hooks:
         if type(hook) in (WeightNorm, SpectralNorm):
             found[hook.name] = hook
-        elif isinstance(hook, prune.BasePruningMethod):
+        elif (
+            isinstance(hook, prune.BasePruningMethod)
+            and type(hook).__call__ is prune.BasePruningMethod.__call__
+        ):
             found[hook._tensor_name] = hook
     return found

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from certify.rules import REFUSALS, RULES
 from certify.rules.installed import register_installed
-from certify.signal import Input, Signal, UnsupportedModel
+from certify.signal import Input, Signal, Slopes, UnsupportedModel
 from certify.tracing import (
     BATCH,
     Root,
@@ -100,6 +100,13 @@ class LipschitzGraph:
         """Run the graph on a batch; return the tensor at each of its nodes, by `Signal.node`."""
         return self._recorder.record(x)
 
+    def arguments(self, x: Tensor) -> dict[str, Tensor]:
+        """Run the graph on a batch; return what enters its `Slopes`, by their `Signal.node`.
+
+        To be called after `walk`. An activation whose rule first does something else is left out.
+        """
+        return _Arguments(self._walker.module, self._walker.graph, self._walker.sources).note(x)
+
     def _centres(self, like: Tensor, domain: tuple[float, float]) -> dict[str, tuple[float, float]]:
         """Norms and largest entries of all tensors at the centre of the domain."""
         with torch.no_grad():
@@ -129,8 +136,28 @@ class _Recorder(fx.Interpreter):
         result = super().run_node(n)
         for index, leaf in enumerate(pytree.tree_leaves(result)):
             if isinstance(leaf, Tensor):
-                self._found[node_name(n, index)] = leaf
+                self._found[node_name(n, index)] = leaf.clone()  # a later node may overwrite it
         return result
+
+
+class _Arguments(fx.Interpreter):
+    """Runs a graph and keeps copies of the tensors that enter some of its nodes."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, sources: dict[str, fx.Node]) -> None:
+        super().__init__(model, graph=graph)
+        self.extra_traceback = False
+        self._sources = sources
+        self._found: dict[str, Tensor] = {}
+
+    def note(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the tensors by the nodes that they enter."""
+        self.run(x)
+        return self._found
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name in self._sources:  # before the node may overwrite it
+            self._found[n.name] = self.env[self._sources[n.name]].clone()
+        return super().run_node(n)
 
 
 def node_name(n: fx.Node, index: int = 0) -> str:
@@ -154,6 +181,7 @@ class _Walker(fx.Interpreter):
         self._known_shapes = shapes
         self._centres = centres
         self._start = start
+        self.sources: dict[str, fx.Node] = {}  # of what enters each activation
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "placeholder":
@@ -170,6 +198,10 @@ class _Walker(fx.Interpreter):
             raise UnsupportedModel(f"node {label_of(n)}: {refusal}") from None
         except TypeError as error:  # arguments that the rule does not provide for
             raise UnsupportedModel(f"node {label_of(n)}: {error}") from error
+        if isinstance(result, Signal) and isinstance(result.step, Slopes):
+            used = [u for u in n.all_input_nodes if self.env[u] is result.parents[0]]
+            if used:
+                self.sources[n.name] = used[0]
         leaves, structure = pytree.tree_flatten(result)
         if not any(isinstance(leaf, Signal) for leaf in leaves):
             return result

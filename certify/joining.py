@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from certify.composition import add, identity
-from certify.operators import Convolution, Weighted
+from certify.operators import Convolution, Operator, Scale, Weighted
 from certify.signal import Signal
 from ff_bounds.rounding import product_bound, round_up, sum_bound
 
@@ -59,15 +59,28 @@ class Joined:
             self.joint.append((source, total))
         return bool(self.joint)
 
-    def bound(self, values: Mapping[Signal, Tensor], norms: Callable[[Weighted], Tensor]) -> Tensor:
-        """Add up."""
+    def bound(
+        self,
+        values: Mapping[Signal, Tensor],
+        norms: Callable[[Weighted], Tensor],
+        operator_of: Callable[[Signal], Operator],
+    ) -> Tensor:
+        """Add up.
+
+        In a remainder ``r ||A|| ||B x||`` the earlier map ``B`` acts on the lattice: the bound of
+        its restriction to the layer's outputs, which ``values`` may have, could be smaller. (In
+        a chain either will do, since all terms may use the same values beyond the outputs; here
+        a skip needs zeros there.)
+        """
         parts = [values[signal] for signal in self.alone]
         parts += [product_bound(values[source], norms(operator)) for source, operator in self.joint]
-        parts += [
-            times(product_bound(values[middle], norms(operator)), abs(factor) * (1 + 2**-48))
-            for operator, middle, factor in self.rests
-            if factor != 0
-        ]
+        for operator, middle, factor in self.rests:
+            earlier = operator_of(middle)
+            if factor != 0 and not isinstance(earlier, Scale):
+                inner = product_bound(values[middle.parents[0]], norms(earlier))
+                parts.append(
+                    times(product_bound(inner, norms(operator)), abs(factor) * (1 + 2**-48))
+                )
         return added(parts)
 
 

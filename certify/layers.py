@@ -130,7 +130,7 @@ def report_layers(
         UnsupportedModel, ValueError: as `CertifiedModel`.
     """
     start = time.perf_counter()
-    copied = exact_copy(model)
+    copied = exact_copy(model, tuple(images.shape[1:]))
     graph = LipschitzGraph(copied, tuple(images.shape[1:]), domain)
     output = graph.walk()
     seconds = {"tracing": time.perf_counter() - start}

@@ -33,12 +33,15 @@ def proven_norms(operators: Sequence[Weighted], method: str) -> Norms:
         ValueError: an unknown method, or NaN or infinite weights.
     """
     check_method(method)
-    searched = [o for o in operators if isinstance(o, Convolution) and o.padding_mode != "circular"]
+    finite = [o for o in operators if bool(o.effective_weight().detach().isfinite().all())]
+    searched = [o for o in finite if isinstance(o, Convolution) and o.padding_mode != "circular"]
     lattice: dict[Weighted, Tensor] = {}
     if method == "supremum":
         kernels = [operator.exact_kernel() for operator in searched]
         lattice = dict(zip(searched, supremum_bounds(kernels), strict=True))
-    bounds = {o: o.bound(method, lattice=lattice.get(o)) for o in operators}
+    bounds = {o: o.bound(method, lattice=lattice.get(o)) for o in finite}
+    for operator in set(operators) - bounds.keys():  # merged factors that overflow
+        bounds[operator] = torch.full_like(operator.norm_error(), torch.inf)
     return bounds.__getitem__
 
 

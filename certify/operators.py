@@ -23,6 +23,7 @@ from ff_bounds.rounding import (
     round_up,
     scale_by_power_of_two,
     sum_bound,
+    undo_scaling,
 )
 
 _LARGEST_FACTOR = 2.0**100
@@ -80,11 +81,9 @@ class _Weighted:
         largest = self.weight.detach().abs().amax().to(torch.float64)
         total = torch.zeros_like(largest)
         if self.roundings:
-            weight = self.effective_weight().detach().to(torch.float64)
-            taps = weight.flatten(2) if weight.ndim > 2 else weight[..., None]
-            norms = torch.linalg.vector_norm(taps, dim=(0, 1)).sum()
-            unit = max(torch.finfo(self.effective_weight().dtype).eps, 2.0**-52) * 2.0**52
-            total = round_up(norms, weight.numel() + 9) * (2.1 * gamma(self.roundings + 2) * unit)
+            weight = self.effective_weight().detach()
+            unit = max(torch.finfo(weight.dtype).eps, 2.0**-52) * 2.0**52
+            total = sum_of_tap_norms(weight) * (2.1 * gamma(self.roundings + 2) * unit)
             sizes = [1.0 + largest]
             sizes += [1.0 + f.abs().amax() for f in (self.rows, self.columns) if f is not None]
             total = total + math.prod(sizes[1:], start=sizes[0]) * (weight.numel() * _UNDERFLOW)
@@ -92,13 +91,31 @@ class _Weighted:
             scaled = self.error
             for factors in (self.rows, self.columns):
                 if factors is not None:
-                    scaled = product_bound(scaled, round_up(factors.abs().amax(), self.roundings))
+                    most = round_up(factors.abs().amax(), self.roundings) + _UNDERFLOW
+                    scaled = product_bound(scaled, most)
             total = sum_bound(total, scaled)
         return total
 
     def effective_weight(self) -> Tensor:
         """Weight with its factors, in the weight's own dtype."""
         raise NotImplementedError
+
+
+def sum_of_tap_norms(weight: Tensor) -> Tensor:
+    """Proven upper bound of ``sum_t ||W_t||_F``, float64, without a gradient.
+
+    Args:
+        weight: ``(m, n, *taps)``.
+    """
+    weight = weight.detach().to(torch.float64)
+    # Scaled to entries of size one, by a power of two, as squares underflow; what still does is
+    # paid for by the tiny constant.
+    largest = weight.abs().amax()
+    exponent = torch.frexp(largest).exponent
+    taps = scale_by_power_of_two(weight, -exponent).reshape(*weight.shape[:2], -1)
+    norms = torch.linalg.vector_norm(taps, dim=(0, 1)).sum() + weight.numel() * 2.0**-500
+    bound = undo_scaling(round_up(norms, weight.numel() + 9), exponent)
+    return torch.where(largest > 0, bound, 0.0)
 
 
 _Any = TypeVar("_Any", bound="_Weighted")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from certify.signal import Input, Product, Signal, Slopes
-from ff_bounds.rounding import round_up
+from ff_bounds.rounding import SMALLEST_NORMAL, product_bound, round_up, sum_bound
 
 _ALLOWANCE = 1.0 + 1e-9
 
@@ -32,7 +32,9 @@ def radius(signal: Signal) -> float:
     assert isinstance(signal.step, Input)
     assert signal.step.domain is not None
     low, high = signal.step.domain
-    return (high - low) / 2.0 * math.sqrt(math.prod(signal.shape[1:])) * (1.0 + 2**-40)
+    middle = (low + high) / 2.0
+    furthest = max(high - middle, middle - low)
+    return furthest * math.sqrt(math.prod(signal.shape[1:])) * (1.0 + 2**-40) + SMALLEST_NORMAL
 
 
 def product_value(
@@ -52,11 +54,11 @@ def product_value(
     spread = signal.step.spread
     if reach is not None:
         size = _norm(first, known[first]) if spread else _largest(first, known[first])
-        return round_up(gate * values[first] + size * values[second], 3)
-    at_centre = _centre(first)[0 if spread else 1]
-    through = gate * known[first] + at_centre * known[second]
-    whole = _norm(first, known[first]) * gate + _centre(signal)[0]
-    return round_up(torch.minimum(through, whole), 4)
+        return sum_bound(product_bound(gate, values[first]), product_bound(size, values[second]))
+    at_centre = gate.new_tensor(_centre(first)[0 if spread else 1])
+    through = sum_bound(product_bound(gate, known[first]), product_bound(at_centre, known[second]))
+    whole = product_bound(_norm(first, known[first]), gate)
+    return torch.minimum(through, sum_bound(whole, gate.new_tensor(_centre(signal)[0])))
 
 
 def _norm(signal: Signal, reach: Tensor) -> Tensor:

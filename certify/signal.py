@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,11 +48,15 @@ class Slopes:
     Attributes:
         low, high: what its difference quotients lie between.
         largest: bound of its absolute value.
+        breaks: ascending, where straight pieces meet; none where it is not made of any.
+        slopes: of the pieces, from left to right, one more than there are breaks.
     """
 
     low: float
     high: float
     largest: float = math.inf
+    breaks: tuple[float, ...] = ()
+    slopes: tuple[float, ...] = ()
 
     @property
     def steepest(self) -> float:
@@ -159,6 +163,19 @@ class Signal:
         if not -math.inf < low <= high < math.inf:
             raise UnsupportedModel(f"slopes between {low} and {high} are not bounded")
         return Signal(self.shape, Slopes(low, high, largest), (self,))
+
+    def piecewise(
+        self, breaks: Sequence[float], slopes: Sequence[float], *, largest: float = math.inf
+    ) -> Signal:
+        """Apply a continuous function of each entry made of straight pieces; see `Slopes`."""
+        if len(slopes) != len(breaks) + 1 or list(breaks) != sorted(breaks):
+            raise ValueError(f"expected ascending breaks between slopes, got {breaks}, {slopes}")
+        result = self.elementwise(min(slopes), max(slopes), largest=largest)
+        assert isinstance(result.step, Slopes)
+        if not all(map(math.isfinite, breaks)):
+            return result
+        step = replace(result.step, breaks=tuple(breaks), slopes=tuple(slopes))
+        return replace(result, step=step)
 
     def scaled(self, lipschitz: float | Tensor = 1.0, *, channelwise: bool = False) -> Signal:
         """Apply a map with this Lipschitz constant; see `Lipschitz`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,22 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, Proxy, TraceError
 
 _SIZES = {"shape", "ndim", "size", "dim", "ndimension", "numel", "dtype", "device", "is_cuda"}
+
+
+_PLAIN = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Run modules as they are, though a trace is under way, which patches their methods."""
+    patched = {name: getattr(nn.Module, name) for name in _PLAIN}
+    try:
+        for name, method in _PLAIN.items():
+            setattr(nn.Module, name, method)
+        yield
+    finally:
+        for name, method in patched.items():
+            setattr(nn.Module, name, method)
 
 
 class SizeTracer(fx.Tracer):
@@ -40,19 +57,48 @@ class SizeTracer(fx.Tracer):
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
         """Loop over sizes; refuse to loop over values."""
-        if not _is_about_sizes(obj.node):
+        if not self._is_about_samples(obj.node):
             return super().iter(obj)
-        return iter(self._value(obj.node))
+        symbols: Any = obj
+        return iter([symbols[index] for index in range(len(self._value(obj.node)))])
 
     def known(self, obj: Proxy) -> Any:
         """Return the value of a symbol that follows from sizes.
 
         Raises:
-            TraceError: it depends on the values of tensors.
+            TraceError: it depends on the values of tensors, or on the size of the batch.
         """
-        if not _is_about_sizes(obj.node):
+        if not self._is_about_samples(obj.node):
             raise TraceError("symbolically traced variables cannot be used in control flow")
         return self._value(obj.node)
+
+    def _is_about_samples(self, node: fx.Node) -> bool:
+        """Whether a node follows from sizes of samples: not from values, nor the batch's size."""
+        stack = [node]
+        while stack:
+            last = stack.pop()
+            if _is_size(last):
+                if _is_shape(last) and last is not node:
+                    return False  # only its length may be used, or a size behind the batch's
+                if last.target == "numel":
+                    return False
+                if last.target == "size" and not _is_shape(last):
+                    axis = last.kwargs.get("dim", last.args[1] if len(last.args) > 1 else None)
+                    tensor = last.args[0]
+                    assert isinstance(tensor, fx.Node)
+                    if not _is_behind(axis, self._value(tensor).ndim):
+                        return False
+                continue
+            if last.op != "call_function" or not last.all_input_nodes:
+                return False
+            if last.target is operator.getitem and _is_size(last.args[0]):
+                shape = last.args[0]
+                assert isinstance(shape, fx.Node)
+                if not _is_shape(shape) or not _is_behind(last.args[1], len(self._value(shape))):
+                    return False
+                continue
+            stack += last.all_input_nodes
+        return True
 
     def _value(self, node: fx.Node) -> Any:
         """Run a node on the example, and what it needs."""
@@ -65,7 +111,7 @@ class SizeTracer(fx.Tracer):
             else:
                 stack.pop()
                 if last not in self._known:
-                    with torch.no_grad():
+                    with torch.no_grad(), _untraced():
                         self._known[last] = self._run(last)
         return self._known[node]
 
@@ -85,21 +131,27 @@ class SizeTracer(fx.Tracer):
         return node.target(*args, **kwargs)
 
 
-def _is_about_sizes(node: fx.Node) -> bool:
-    """Whether a node follows from the sizes of tensors, not from their values."""
-    stack, seen = [node], {node}
-    while stack:
-        last = stack.pop()
-        names = (last.target, last.args[1] if len(last.args) > 1 else None)
-        if last.op == "call_method" and names[0] in _SIZES:
-            continue
-        if last.op == "call_function" and last.target is getattr and names[1] in _SIZES:
-            continue
-        if last.op != "call_function" or not last.all_input_nodes:
-            return False
-        stack += [used for used in last.all_input_nodes if used not in seen]
-        seen.update(last.all_input_nodes)
-    return True
+def _is_size(node: Any) -> bool:
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_method":
+        return node.target in _SIZES
+    return node.target is getattr and str(node.args[1]) in _SIZES
+
+
+def _is_shape(node: fx.Node) -> bool:
+    """Whether a size is that of all axes."""
+    if node.op == "call_method":
+        return bool(node.target == "size" and len(node.args) + len(node.kwargs) == 1)
+    return bool(node.args[1] == "shape")
+
+
+def _is_behind(index: Any, axes: int) -> bool:
+    """Whether an index of a shape does not reach its first axis, the batch's."""
+    if isinstance(index, slice):
+        plain = all(isinstance(end, (int, type(None))) for end in (index.start, index.stop))
+        return plain and 0 not in range(axes)[index]
+    return isinstance(index, int) and index % axes != 0
 
 
 class _Numbers:

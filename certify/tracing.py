@@ -123,7 +123,7 @@ def check_against_module(
         expected = _call(root, example.clone())
         _compare(checker.check(example.clone()), expected)
         parts = [_call(root, part.clone()) for part in example.split(_PARTS)]
-    if expected.shape[:1] != (BATCH,) or not all(map(_agree, parts, expected.split(_PARTS))):
+    if expected.shape[:1] != (BATCH,) or not all(map(agree, parts, expected.split(_PARTS))):
         raise UnsupportedModel("a sample's result depends on the other samples of its batch")
     for tensor, (version, value) in zip(own, before, strict=True):
         if tensor._version != version or not torch.equal(tensor, value):
@@ -144,11 +144,11 @@ def _call(root: Root, x: Tensor) -> Tensor:
 
 
 def _compare(result: Any, expected: Tensor) -> None:
-    if not isinstance(result, Tensor) or not _agree(result, expected):
+    if not isinstance(result, Tensor) or not agree(result, expected):
         raise UnsupportedModel("the traced graph does not compute what the model computes")
 
 
-def _agree(first: Tensor, second: Tensor) -> bool:
+def agree(first: Tensor, second: Tensor) -> bool:
     """Whether two results of the same operations differ by rounding at most."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
@@ -199,6 +199,9 @@ class _Checker(fx.Interpreter):
                     "write the operation out of place"
                 )
         result = super().run_node(n)
+        leaves = pytree.tree_leaves(result)
+        if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves):
+            raise UnsupportedModel(f"node {label_of(n)} computes with complex numbers")
         self._versions[n] = _versions(result)
         self.shapes[n] = [tuple(getattr(leaf, "shape", ())) for leaf in pytree.tree_leaves(result)]
         return result

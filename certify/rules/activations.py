@@ -35,7 +35,7 @@ def number(value: Any) -> float:
 @lipschitz_rule(F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 def relu(input: Signal, inplace: bool = False) -> Signal:
     """Slopes 0 and 1."""
-    return input.elementwise(0.0, 1.0)
+    return input.piecewise((0.0,), (0.0, 1.0))
 
 
 by_attributes(relu, nn.ReLU)
@@ -45,7 +45,7 @@ by_attributes(relu, nn.ReLU)
 def leaky_relu(input: Signal, negative_slope: float = 0.01, inplace: bool = False) -> Signal:
     """Slopes 1 and ``negative_slope``."""
     slope = number(negative_slope)
-    return input.elementwise(min(1.0, slope), max(1.0, slope))
+    return input.piecewise((0.0,), (slope, 1.0))
 
 
 by_attributes(leaky_relu, nn.LeakyReLU, attributes="negative_slope")
@@ -57,6 +57,8 @@ def prelu(input: Signal, weight: Tensor) -> Signal:
     if not isinstance(weight, Tensor):
         raise UnsupportedModel("a PReLU whose weights depend on the input")
     low, high = number(weight.min().item()), number(weight.max().item())
+    if low == high:
+        return input.piecewise((0.0,), (low, 1.0))
     return input.elementwise(min(1.0, low), max(1.0, high))
 
 
@@ -87,7 +89,7 @@ def threshold(input: Signal, threshold: float, value: float, inplace: bool = Fal
         raise UnsupportedModel(
             f"threshold={threshold} with another value={value} is not continuous"
         )
-    return relu(input)
+    return clamp(input, min=threshold)
 
 
 by_attributes(threshold, nn.Threshold, attributes="threshold value")
@@ -102,7 +104,9 @@ def clamp(input: Signal, min: float | None = None, max: float | None = None) -> 
     high = math.inf if max is None else number(max)
     if low > high or low == math.inf or high == -math.inf:
         raise UnsupportedModel(f"expected min <= max to clamp between, got {low} and {high}")
-    return input.elementwise(0.0, 1.0, largest=builtins.max(abs(low), abs(high)))
+    breaks = [end for end in (low, high) if math.isfinite(end)]
+    slopes = [0.0] * math.isfinite(low) + [1.0] + [0.0] * math.isfinite(high)
+    return input.piecewise(breaks, slopes, largest=builtins.max(abs(low), abs(high)))
 
 
 @lipschitz_rule(torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_")
@@ -151,7 +155,7 @@ def softshrink(input: Signal, lambd: float = 0.5) -> Signal:
     """Slopes 0 around the origin and 1 beyond; it jumps where ``lambd`` is negative."""
     if number(lambd) < 0:
         raise UnsupportedModel(f"Softshrink with lambd={lambd} is not continuous")
-    return input.elementwise(0.0, 1.0)
+    return input.piecewise((-lambd, lambd), (1.0, 0.0, 1.0))
 
 
 by_attributes(softshrink, nn.Softshrink, attributes="lambd")
@@ -162,7 +166,7 @@ by_attributes(softshrink, nn.Softshrink, attributes="lambd")
 )
 def absolute(input: Signal) -> Signal:
     """Slopes -1 and 1."""
-    return input.elementwise(-1.0, 1.0)
+    return input.piecewise((0.0,), (-1.0, 1.0))
 
 
 @lipschitz_rule(MaxMin)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from certify.operators import Matrix, Scale
 from certify.rules.registry import lipschitz_rule
-from certify.signal import Product, Signal, UnsupportedModel, side_by_side, total
+from certify.signal import Product, Signal, Slopes, UnsupportedModel, side_by_side, total
 
 
 @lipschitz_rule(operator.add, torch.add, "add", "add_")
@@ -20,10 +20,17 @@ def add(x: Any, y: Any, *, alpha: float = 1) -> Signal:
     """``Lip(f + g) <= Lip f + Lip g``; a constant changes nothing."""
     x, y = broadcast(x, y)
     if not isinstance(y, Signal):
-        return signal_of(x)
+        return _shifted(signal_of(x))
     if alpha != 1:
         y = multiply(y, alpha)
-    return total([x, y]) if isinstance(x, Signal) else y
+    return total([x, y]) if isinstance(x, Signal) else _shifted(y)
+
+
+def _shifted(x: Signal) -> Signal:
+    """The same map up to a constant, which is nothing to a bound but for the size of values."""
+    if isinstance(x.step, Slopes) and x.step.largest < math.inf:
+        return replace(x, step=replace(x.step, largest=math.inf), node="")
+    return x
 
 
 @lipschitz_rule(operator.sub, torch.sub, torch.subtract, "sub", "sub_", "subtract", "subtract_")
@@ -66,7 +73,7 @@ def divide(x: Any, y: Any, *, rounding_mode: None = None) -> Signal:
         raise UnsupportedModel("division by a tensor that depends on the input is not Lipschitz")
     x, y = broadcast(x, y)
     divisor = torch.as_tensor(y, dtype=torch.float64)
-    return _times(x, divisor.reciprocal(), roundings=1)
+    return _times(signal_of(x), divisor.reciprocal(), roundings=1)
 
 
 def _product(x: Signal, y: Signal) -> Signal:
@@ -77,6 +84,8 @@ def _product(x: Signal, y: Signal) -> Signal:
             "with its factors; give the range of the input, domain=(0, 1) or --domain 0,1, to "
             "bound it there"
         )
+    if x.centre is None or y.centre is None:
+        raise UnsupportedModel("a product with whole numbers that depend on the input")
     joint = tuple(torch.broadcast_shapes(x.shape, y.shape))
     if x.shape != joint:
         x, y = y, x
@@ -87,9 +96,14 @@ def _product(x: Signal, y: Signal) -> Signal:
 
 def _times(x: Signal, factors: Any, roundings: int) -> Signal:
     """Multiply by constants; by channel where all other axes have one entry."""
-    constant = torch.as_tensor(factors)
-    if not constant.is_floating_point():
-        constant = constant.to(torch.float64)
+    if not isinstance(factors, (Tensor, float, int)):
+        raise UnsupportedModel(f"a factor of type {type(factors).__name__}")
+    if isinstance(factors, Tensor) and factors.is_complex():
+        raise UnsupportedModel("a complex factor")
+    # torch.as_tensor would round a number to the default dtype.
+    if not isinstance(factors, Tensor):
+        factors = torch.tensor(float(factors), dtype=torch.float64)
+    constant = factors
     if not bool(constant.detach().isfinite().all()):
         raise UnsupportedModel("a factor that is infinite or NaN")
     constant = constant.to(torch.float64)
@@ -152,7 +166,7 @@ def broadcast(x: Any, y: Any) -> tuple[Any, Any]:
             continue
         if len(shape) != len(joint) or shape[0] != joint[0]:
             raise UnsupportedModel(f"broadcasting {shape} to {joint} moves the batch axis")
-        times = math.prod(joint) // math.prod(shape)
+        times = math.prod(joint) // max(1, math.prod(shape))
         repeated = term if times == 1 else term.scaled(math.sqrt(times) * (1 + 2**-50))
         found.append(replace(repeated, shape=joint) if times > 1 else term)
     return found[0], found[1]

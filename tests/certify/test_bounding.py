@@ -379,3 +379,39 @@ def test_pairs_that_are_one_map(
     assert found <= 1.02 * true
     if exact is not None:
         assert found == pytest.approx(exact, rel=1e-2)
+
+
+@pytest.mark.parametrize("activation", [False, True])
+@pytest.mark.parametrize("taps", [8, 16, 24])
+def test_a_padded_skip_beside_a_branch_of_an_unpadded_layer(taps: int, activation: bool) -> None:
+    """The middle of the branch is bounded on the lattice: its restriction is smaller."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            rows = {
+                "first": (torch.ones(taps), 0),
+                "second": (torch.tensor([1.0, -1.0]), 0),
+                "third": (torch.ones(2), 1),
+                "skip": (torch.tensor([-0.5, 0.0, 0.5]), 1),
+            }
+            for name, (row, padding) in rows.items():
+                conv = nn.Conv1d(1, 1, len(row), padding=padding).double()
+                with torch.no_grad():
+                    conv.weight.copy_(row)
+                    conv.bias.fill_(100.0)
+                self.add_module(name, conv)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.first(x)
+            y = self.second(z)
+            y = self.third(torch.relu(y) if activation else y)
+            return torch.flatten(self.skip(z) + y, 1)
+
+    model = Model()
+    size = taps + 12
+    x = torch.randn(1, 1, size, dtype=torch.float64)
+    matrix = torch.autograd.functional.jacobian(model, x).flatten(2)[0]
+    true = spectral_norm(matrix.reshape(matrix.shape[0], -1)).item()
+    found = bound(merged(LipschitzGraph(model, (1, size)).walk()), join=True)
+    assert true <= found * NOISE

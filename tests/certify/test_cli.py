@@ -120,6 +120,23 @@ def test_the_tighter_bound_certifies_no_less(tmp_path: Path) -> None:
     assert 0 < constants[1] < constants[0]
 
 
+def test_the_local_certificate_gains(tmp_path: Path) -> None:
+    run, csv_path, summary = tmp_path / "run", tmp_path / "radii.csv", tmp_path / "summary.json"
+    small = ["--set", "hidden=[32,32]", "--set", "activation=relu", "--epochs", 2]
+    assert invoke("train", *small, "--out", run).exit_code == 0
+    evaluation = ["eval", "--model", run / "ckpt.pt", "--limit", 50, "--csv", csv_path]
+    radii = []
+    for certificate in ("lipschitz", "local"):
+        result = invoke(*evaluation, "--certificate", certificate, "--json", summary)
+        assert result.exit_code == 0, result.output
+        assert json.loads(summary.read_text())["certificate"] == certificate
+        rows = csv.DictReader(csv_path.read_text().splitlines())
+        radii.append([float(row["radius"]) for row in rows])
+    assert all(before <= after for before, after in zip(*radii, strict=True))
+    assert json.loads(summary.read_text())["gained"] > 30
+    assert re.search(r"median gain +\d+\.\d\d %", result.output)
+
+
 def test_help_does_not_import_torch() -> None:
     code = "import sys, certify.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -653,7 +653,7 @@ def test_sizes_may_decide(function: Callable[..., Any]) -> None:
 
 
 def test_the_size_of_the_batch_may_not() -> None:
-    with pytest.raises(UnsupportedModel, match="other samples"):
+    with pytest.raises(UnsupportedModel, match="cannot be traced"):
         CertifiedModel(forward(chooses_by_its_batch)(), (4,))
 
 
@@ -676,3 +676,126 @@ def test_parametrised_weights_can_be_estimated_in_training() -> None:
     )
     estimate.backward()
     assert model[0].parametrizations.weight.original0.grad is not None
+
+
+def chooses_by_a_large_batch(self: Layer, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    return 1000 * y if x.shape[0] > 7 else y
+
+
+def chooses_by_its_entries(self: Layer, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    return 1000 * y if x.numel() > 100 else y
+
+
+def chooses_by_a_shape(self: Layer, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    return 1000 * y if x.shape == (9, 4) else y
+
+
+def chooses_by_an_unpacked_batch(self: Layer, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    n, _ = x.size()
+    return 1000 * y if n > 7 else y
+
+
+def chooses_by_a_looped_shape(self: Layer, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    return 1000 * y if [s for s in x.shape][0] > 7 else y  # noqa: C416, RUF015
+
+
+def chooses_by_a_far_axis(self: Layer, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    return 1000 * y if x.size(-2) > 7 or x.shape[-2:][0] > 7 else y
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        chooses_by_a_large_batch,
+        chooses_by_its_entries,
+        chooses_by_a_shape,
+        chooses_by_an_unpacked_batch,
+        chooses_by_a_looped_shape,
+        chooses_by_a_far_axis,
+    ],
+)
+def test_no_size_of_a_batch_may_decide(function: Callable[..., Any]) -> None:
+    with pytest.raises(UnsupportedModel, match=r"cannot be traced|batch"):
+        CertifiedModel(forward(function)(), (4,))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: (x * 1j).abs(),
+        lambda self, x: torch.cos(x * (1 + 1j)).abs(),
+        lambda self, x: torch.view_as_real(torch.complex(x, x)).flatten(1),
+    ],
+)
+def test_complex_numbers_on_the_way_are_refused(function: Callable[..., Any]) -> None:
+    with pytest.raises(UnsupportedModel, match="complex"):
+        CertifiedModel(forward(function)(), (4,))
+
+
+# --- weights that are computed ----------------------------------------------------------------
+
+
+def lipschitz_of(model: nn.Module) -> float:
+    return CertifiedModel(model, (4,)).lipschitz().item()
+
+
+def test_pruning_one_of_two_tied_layers() -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    prune.l1_unstructured(first, "weight", 0.6)
+    product = (first.weight @ first.weight_orig).detach().double()
+    exact = torch.linalg.matrix_norm(product, ord=2).item()
+    assert lipschitz_of(nn.Sequential(second, first)) >= exact
+    assert bool((second.weight != 0).all())  # the original is left alone
+
+
+class Tenfold(prune.L1Unstructured):
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        super().__call__(module, inputs)
+        module.weight = 10 * module.weight
+
+
+class Noise(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * torch.rand_like(weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_computed_weights_that_cannot_be_folded() -> None:
+    tenfold = nn.Linear(4, 4)
+    Tenfold.apply(tenfold, "weight", 1)
+    with pytest.raises(UnsupportedModel, match=r"hooks|cannot be copied"):
+        lipschitz_of(nn.Sequential(tenfold))
+
+    noisy = nn.Linear(4, 4)
+    nn.utils.parametrize.register_parametrization(noisy, "weight", Noise(), unsafe=True)
+    with pytest.raises(UnsupportedModel, match="not the same each time"):
+        lipschitz_of(nn.Sequential(noisy))
+
+    nested = nn.utils.weight_norm(nn.Linear(4, 4))
+    prune.l1_unstructured(nested, "weight_v", 2)
+    nested(torch.zeros(1, 4))
+    exact = torch.linalg.matrix_norm(nested.weight.detach().double(), ord=2).item()
+    assert lipschitz_of(nn.Sequential(nested)) == pytest.approx(exact, rel=1e-6)
+
+
+def test_sizes_behind_modules_are_worked_out_without_being_traced() -> None:
+    """Layers run on the example while the trace is under way; they must not be recorded."""
+
+    def run(self: Layer, x: Tensor) -> Tensor:
+        y = self.norm(F.relu(self.linear(x)))
+        assert y.shape[1] == 4
+        return self.linear(y) if y.ndim == 2 else y
+
+    graph = LipschitzGraph(forward(run)(), (4,))
+    bounding = Bounding(graph.walk())
+    assert len(bounding.layers()) == 2
+    with pytest.raises(UnsupportedModel, match="cannot be traced"):
+        CertifiedModel(forward(lambda s, x: s.linear(torch.zeros(x.shape[0], 4) + x))(), (4,))

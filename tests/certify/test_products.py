@@ -126,3 +126,71 @@ def test_the_jacobian_of_a_bounded_square() -> None:
     model = Apply(lambda x: x * x)
     assert jacobian(model, torch.tensor([[3.0]])).item() == pytest.approx(6.0)
     assert largest_gain(model, (1,), 0.0, 1.0) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("domain", [(0.0, 1.0), (0.0, 0.1), (0.0, 10.0), (3.0, 4.0)])
+def test_a_domain_changes_nothing_without_products(domain: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    free, limited = CertifiedModel(model, (3,)), CertifiedModel(model, (3,), domain=domain)
+    assert torch.equal(free.lipschitz(), limited.lipschitz())
+    assert torch.equal(free.margin_lipschitz(), limited.margin_lipschitz())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * (torch.sigmoid(x) + 5.0),
+        lambda x: (5.0 + torch.clamp(x, 0, 0.1)) * x,
+        lambda x: x * (torch.tanh(x) - 3.0),
+        lambda x: x * (2.0 - torch.tanh(x)),
+    ],
+)
+def test_a_gate_with_a_constant_is_larger_than_its_function(function: object) -> None:
+    assert callable(function)
+    certified = CertifiedModel(Apply(function), (2,), domain=UNIT)
+    assert largest_gain(certified.model, (2,), *UNIT) <= certified.lipschitz().item() * NOISE
+
+
+class Overwrites(nn.Module):
+    """A factor is overwritten after its use; its value at the centre is the former one."""
+
+    def __init__(self, bias: float, relu: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1).double()
+        nn.init.ones_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, bias)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.relu:
+            product = y * torch.sin(100 * (x - 0.5))
+            return product + torch.relu_(y)
+        return y.mul_(torch.sin(100 * (x - 0.5)))
+
+
+@pytest.mark.parametrize(("bias", "relu"), [(10.0, False), (-10.0, True)])
+def test_centres_are_read_before_they_are_overwritten(bias: float, relu: bool) -> None:
+    certified = CertifiedModel(Overwrites(bias, relu), (1,), domain=UNIT)
+    x = torch.linspace(0, 1, 100_001, dtype=torch.float64)[:, None]
+    y = certified.logits(x)
+    slope = ((y[1:] - y[:-1]) / (x[1:] - x[:-1])).abs().max().item()
+    assert slope <= certified.lipschitz().item()
+
+
+def test_tiny_and_narrow_domains() -> None:
+    certified = CertifiedModel(Apply(lambda x: x * x), (1,), domain=(0.0, 5e-324))
+    assert certified.lipschitz().item() >= 1e-323
+    narrow = (1.0, 1.0 + 2.0**-52)
+    certified = CertifiedModel(Apply(lambda x: (x - 1.0) * (x - 1.0) * 1e16), (1,), domain=narrow)
+    assert certified.lipschitz().item() >= 2 * 2.0**-52 * 1e16
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x * torch.sort(x, 1)[1], lambda x: x * x.max(1, keepdim=True)[1]]
+)
+def test_products_with_indices_are_refused_or_infinite(function: object) -> None:
+    assert callable(function)
+    with pytest.raises(UnsupportedModel, match="whole numbers"):
+        CertifiedModel(Apply(function), (3,), domain=UNIT)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from certify import UnsupportedModel
+from certify import CertifiedModel, UnsupportedModel
 from models import Normalize
 from tests.certify.rules.harness import NOISE, Case, certify, check, gain, on, trained
 
@@ -254,3 +257,53 @@ def test_normalize_must_not_make_channels() -> None:
     layer.mean = torch.zeros(3, 1, 1)
     with pytest.raises(UnsupportedModel, match="channels to normalise"):
         certify(layer, (1, 2, 2))
+
+
+def test_norms_after_each_other_with_factors_that_underflow() -> None:
+    first, second = nn.BatchNorm1d(1, affine=True), nn.BatchNorm1d(1, affine=True)
+    model = nn.Sequential(first, second).double().eval()
+    with torch.no_grad():
+        first.weight.fill_(1e-310)
+        first.running_var.fill_(1e40)
+        second.weight.fill_(1e29)
+    assert certify(model, (1,))[1] >= 1e-310 / 1e20 * 1e29 * (1 - 1e-4)
+
+
+def test_matrices_that_cancel_and_whose_squares_underflow() -> None:
+    """The rounding of a product of weights of 1e-200 counts when 1e200 follows."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        a = torch.rand(2, 1, generator=generator, dtype=torch.float64)
+        b = torch.stack([a[1, 0], -a[0, 0]]).reshape(1, 2) * (1e-200 / 3)
+        model = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1), nn.Linear(1, 1)).double()
+        with torch.no_grad():
+            model[0].weight.copy_(a)
+            model[1].weight.copy_(b)
+            model[2].weight.fill_(1e200)
+        exact = sum(
+            Fraction(x) * Fraction(y) for x, y in zip(b[0].tolist(), a[:, 0].tolist(), strict=True)
+        )
+        for tighten in ("none", "merge", "join"):
+            bound = CertifiedModel(model, (1,), tighten=tighten).lipschitz().item()
+            assert Fraction(bound) >= abs(exact) * Fraction(1e200)
+
+
+@pytest.mark.parametrize("tighten", ["none", "merge", "join", "balance"])
+def test_weights_that_overflow_together_have_no_bound(tighten: str) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2).double(), nn.Linear(2, 2).double()
+            for layer in (self.a, self.b):
+                nn.init.constant_(layer.weight, 1e308)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.a(x) + self.b(x)
+            return result
+
+    assert CertifiedModel(Sum(), (2,), tighten=tighten).lipschitz().item() == math.inf
+    normed = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).double().eval()
+    with torch.no_grad():
+        normed[0].weight.fill_(1e300)
+        normed[1].weight.fill_(1e20)
+    assert CertifiedModel(normed, (2,), tighten=tighten).lipschitz().item() == math.inf

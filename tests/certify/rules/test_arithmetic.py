@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from fractions import Fraction
 
 import pytest
 import torch
@@ -128,3 +129,36 @@ def test_sums_of_signals_and_repeated_use() -> None:
     square.weight.data = linear.weight.data.double() @ linear.weight.data.double()
     twice = certify(square, (3,))[1]  # half the norm of the square, half the square of the norm
     assert certify(Twice(), (3,))[1] == pytest.approx((twice + once**2) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.7, -0.9, 1e-3, 1e39, 3, 2**53 + 1])
+def test_numbers_are_not_rounded_to_single_precision(factor: float) -> None:
+    for function in (
+        lambda x: x * factor,
+        lambda x: torch.sub(0.0 * x, x, alpha=factor) if abs(factor) < 1e30 else factor * x,
+        lambda x: x / (1.0 / factor),
+    ):
+        bound = certify(Apply(function), (2,))[1]
+        assert abs(factor) * (1 - 1e-15) <= bound <= abs(factor) * (1 + 1e-12)
+    assert Fraction(certify(Apply(lambda x: x * factor), (2,))[1]) >= abs(Fraction(factor))
+
+
+@pytest.mark.parametrize(
+    ("factors", "truth"),
+    [
+        ((1e-300, 1.3e-20, 1e29, 1e28), 1.3e-263),
+        ((1e-308, 1 / 1.3e10, 1e29), 1e-308 / 1.3e10 * 1e20 * 1e9),
+        ((1e-310, 1e-5, 1e29), 1e-286),
+    ],
+)
+def test_factors_that_underflow_together(factors: tuple[float, ...], truth: float) -> None:
+    def scaled(x: Tensor) -> Tensor:
+        for factor in factors:
+            x = x * factor
+        return x
+
+    assert certify(Apply(scaled), (1,))[1] >= truth * (1 - 1e-12)
+
+
+def test_an_empty_slice_is_no_division_by_zero() -> None:
+    assert certify(Apply(lambda x: torch.cat([x, x[:, :0] + 1.0], 1)), (2,))[1] >= 1.0
