@@ -296,7 +296,9 @@ def evaluate(
     type=click.Choice(_TIGHTENINGS),
     help="The last step beyond the product of the norms that is taken.",
 )
-@click.option("--limit", default=16, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--limit", default=8, show_default=True, type=click.IntRange(min=1), help="Images to look at."
+)
 @click.option("--json", "json_path", metavar="FILE", help="Write the report.")
 def bound(
     model: str,

@@ -29,7 +29,7 @@ def test_layers_and_steps() -> None:
     assert list(report.lipschitz) == ["none", "merge", "join", "balance"]
     values = list(report.lipschitz.values())
     assert values == sorted(values, reverse=True)
-    assert set(report.seconds) == {"tracing", *report.lipschitz}
+    assert set(report.seconds) == {"tracing", "looking", *report.lipschitz}
     for level, value in report.lipschitz.items():
         certified = CertifiedModel(model, (3, 8, 8), tighten=level)
         assert certified.lipschitz().item() == pytest.approx(value, rel=1e-3)
