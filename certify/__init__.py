@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from certify.certified_model import CertifiedModel
     from certify.checkpoints import load_model
     from certify.evaluation import Report, evaluate
+    from certify.layers import NetworkReport, report_layers
     from certify.losses import LOSSES, cross_entropy, margin_loss
     from certify.rules import lipschitz_rule
     from certify.signal import Signal, UnsupportedModel
@@ -24,6 +25,7 @@ __all__ = [
     "LOSSES",
     "Certificate",
     "CertifiedModel",
+    "NetworkReport",
     "Report",
     "Signal",
     "TrainingConfig",
@@ -34,6 +36,7 @@ __all__ = [
     "lipschitz_rule",
     "load_model",
     "margin_loss",
+    "report_layers",
     "train",
 ]
 
@@ -41,6 +44,7 @@ _HOME = {
     "LOSSES": "losses",
     "Certificate": "certificates",
     "CertifiedModel": "certified_model",
+    "NetworkReport": "layers",
     "Report": "evaluation",
     "Signal": "signal",
     "TrainingConfig": "training",
@@ -51,6 +55,7 @@ _HOME = {
     "lipschitz_rule": "rules",
     "load_model": "checkpoints",
     "margin_loss": "losses",
+    "report_layers": "layers",
     "train": "training",
 }
 

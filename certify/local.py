@@ -69,7 +69,7 @@ class Ball:
         for signal in network.order:
             if isinstance(signal.step, Slopes):
                 units = self._unit_bounds(signal.parents[0])
-                reach = round_up(units * _over(radius, units), 1)
+                reach = round_up(units * _over(radius, units), 1) + TINY
                 self.units[signal] = units
                 self.cones[signal] = cones(signal.step, points.get(signal), reach)
             value = network.values[signal].expand_as(radius)
@@ -229,7 +229,8 @@ class Ball:
             return round_up(_norm_bound(rows) * self.lipschitz[signal], 1)
         cone = self.cones[signal].both
         scale, bound = self._spread(signal)
-        rest = round_up(_norm_bound(rows * scale[:, None]) * bound, 1)
+        spread = rows * scale[:, None]  # a root's square is the spread up to two roundings
+        rest = round_up((_norm_bound(spread) + ONE_ROUNDING * norms(spread, 2)) * bound, 6)
         rows = rows * cone.centre[:, None]
         size = norms(rows, 2)
         rest = round_up(rest + (ONE_ROUNDING * size + TINY) * self.lipschitz[before], 4)
