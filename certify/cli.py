@@ -45,7 +45,7 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _network(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that say which network, and how it is bounded."""
+    """Options that say which network: those of `_load`, and the domain."""
     for option in (
         click.option(
             "--domain", type=Numbers(), help="Range of the pixels, 0,1: prove it for these only."
@@ -54,7 +54,12 @@ def _network(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--mean", type=Numbers(), help="Per channel, subtracted before the model."),
         click.option("--input-shape", type=Shape(), help="Of one image, e.g. 3,32,32."),
         click.option(
-            "--set", "settings", type=Setting(), multiple=True, help="Argument of --arch."
+            "--set",
+            "hyperparameters",
+            type=Setting(),
+            multiple=True,
+            callback=lambda context, option, settings: dict(settings),
+            help="Argument of --arch.",
         ),
         click.option("--arch", metavar="NAME", help=f"Architecture of the file: {_ARCHITECTURES}."),
         click.option(
@@ -63,6 +68,14 @@ def _network(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
+
+
+def _load(dataset: str | None, **which: Any) -> Any:
+    """Load the network that `_network` names; its number of classes may follow from the data."""
+    from certify.data import num_classes
+    from certify.weights import load_network
+
+    return load_network(**which, num_classes=num_classes(dataset) if dataset else None)
 
 
 _METHODS = ["fantastic_four", "tensor_norm", "gram_iteration", "supremum", "best"]
@@ -203,12 +216,6 @@ def _describe(metrics: Any) -> str:
 @click.option("--json", "json_path", metavar="FILE", help="Write the summary.")
 @click.option("--plot", "plot_path", metavar="FILE", help="Draw certified accuracy over radius.")
 def evaluate(
-    model: str,
-    arch: str | None,
-    settings: tuple[tuple[str, Any], ...],
-    input_shape: tuple[int, ...] | None,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
     domain: tuple[float, ...] | None,
     dataset: str | None,
     data_dir: str | None,
@@ -223,6 +230,7 @@ def evaluate(
     csv_path: str | None,
     json_path: str | None,
     plot_path: str | None,
+    **which: Any,
 ) -> None:
     """Certify every test image: a proven L2 radius within which the prediction cannot change."""
     for path in (csv_path, json_path, plot_path):
@@ -232,21 +240,12 @@ def evaluate(
         from tqdm import tqdm
 
         from certify.certified_model import CertifiedModel
-        from certify.data import load, num_classes
+        from certify.data import load
         from certify.evaluation import evaluate as certify_data
         from certify.files import write_text
         from certify.run import choose_device
-        from certify.weights import load_network
 
-        network = load_network(
-            model,
-            arch=arch,
-            input_shape=input_shape,
-            hyperparameters=dict(settings),
-            num_classes=num_classes(dataset) if dataset else None,
-            mean=mean,
-            std=std,
-        )
+        network = _load(dataset, **which)
         dataset = dataset or network.dataset
         if dataset is None:
             raise InputError("pass --dataset: only a ckpt.pt of certify train names its own")
@@ -301,12 +300,6 @@ def evaluate(
 )
 @click.option("--json", "json_path", metavar="FILE", help="Write the report.")
 def bound(
-    model: str,
-    arch: str | None,
-    settings: tuple[tuple[str, Any], ...],
-    input_shape: tuple[int, ...] | None,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
     domain: tuple[float, ...] | None,
     dataset: str | None,
     data_dir: str | None,
@@ -316,26 +309,18 @@ def bound(
     tighten: str,
     limit: int,
     json_path: str | None,
+    **which: Any,
 ) -> None:
     """Print a proven bound for every layer, beside the gain that images show there."""
     if json_path and not Path(json_path).resolve().parent.is_dir():
         raise InputError(f"the folder of {json_path} does not exist")
     with _one_line_errors():
-        from certify.data import images_to_look_at, num_classes
+        from certify.data import images_to_look_at
         from certify.files import write_text
         from certify.layers import report_layers
         from certify.run import choose_device
-        from certify.weights import load_network
 
-        network = load_network(
-            model,
-            arch=arch,
-            input_shape=input_shape,
-            hyperparameters=dict(settings),
-            num_classes=num_classes(dataset) if dataset else None,
-            mean=mean,
-            std=std,
-        )
+        network = _load(dataset, **which)
         images = images_to_look_at(
             dataset, network.input_shape, limit, data_dir=data_dir, download=download
         )
