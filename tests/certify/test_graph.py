@@ -313,7 +313,7 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], str]] = [
         "batch size in the arithmetic",
         forward(lambda s, x: torch.add(x, x, alpha=(x.shape[0] - 1) * (x.shape[0] - 5) * 9 + 1)),
         (4,),
-        "other samples",
+        "other samples|cannot be traced",
     ),
     # A graph that is not the forward.
     ("y = x; y += x; return x", forward(doubles_its_input_in_place), (4,), "in place|compute"),
