@@ -181,6 +181,7 @@ class _Walker(fx.Interpreter):
         self._known_shapes = shapes
         self._centres = centres
         self._start = start
+        self._rules: dict[fx.Node, Callable[..., Any]] = {}
         self.sources: dict[str, fx.Node] = {}  # of what enters each activation
 
     def run_node(self, n: fx.Node) -> Any:
@@ -191,7 +192,9 @@ class _Walker(fx.Interpreter):
         if not any(_holds_signal(self.env[used]) for used in n.all_input_nodes):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        rule = self._rule(n)
+        if n not in self._rules:
+            self._rules[n] = self._rule(n)
+        rule = self._rules[n]
         try:
             result = rule(*args, **kwargs)
         except UnsupportedModel as refusal:
