@@ -103,12 +103,13 @@ class CertifiedModel:
             raise ValueError(
                 f"expected inputs (N, {_listed(self.input_shape)}), got {_listed(x.shape)}"
             )
-        logits: Tensor = self._model(x.to(self._device, torch.float64))
+        # A copy: the model may begin with an operation in place.
+        logits: Tensor = self._model(x.to(self._device, torch.float64, copy=True))
         return logits
 
     def arguments(self, x: Tensor) -> dict[Signal, Tensor]:
         """What enters the activations of `local` at inputs, as far as that is known."""
-        nodes = self._graph.arguments(x.to(self._device, torch.float64))
+        nodes = self._graph.arguments(x.to(self._device, torch.float64, copy=True))
         return {s: nodes[s.node] for s in self.local.activations() if s.node in nodes}
 
     @cached_property

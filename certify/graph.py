@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from certify.operators import Scale
 from certify.rules import REFUSALS, RULES
 from certify.rules.installed import register_installed
 from certify.signal import Input, Signal, Slopes, UnsupportedModel
@@ -227,6 +228,9 @@ class _Walker(fx.Interpreter):
         centre = None if self._centres is None else self._centres.get(node)
         if result.node and result.shape == shape and result.centre == centre:
             return result  # the rule gave back what it got
+        if isinstance(result.step, Input) and result.node:  # there is one, with one centre
+            one = torch.ones(1, dtype=torch.float64, device=result.step.device)
+            result = result.through(Scale(one, 0))
         return replace(result, shape=shape, name=label_of(n).strip("'"), node=node, centre=centre)
 
     def _rule(self, n: fx.Node) -> Callable[..., Any]:

@@ -9,7 +9,8 @@ cannot reach it.
 **Rows.** For rows ``v`` the change of ``v s`` is followed back through the network. At an
 activation of ``z`` the centres of the cones go on, ``v m``, and the spreads leave a remainder
 ``sum_i b_i |dz_i|`` with ``b_i = |v_i| s_i``. Its bound ``rho`` is the smaller of
-``sum_i b_i k_i``, with bounds ``k_i`` of single units, and of ``||b / S|| ||S dz||`` with ``S^2``
+``sum_i b_i k_i``, with bounds ``k_i`` of single units (of their gradients, for any slopes within
+the cones), and of ``||b / S|| ||S dz||`` with ``S^2``
 the spreads. What arrives at the input is a row ``a``. At ``x'`` each ``dz_i`` is a gradient ``g_i``
 times the step, for slopes within the cones. So with all remainders ``l`` the change is at most the
 length of ``a + sum_li +-b_li g_li``, whose square is at most
@@ -110,6 +111,7 @@ class Ball:
                 left = sum((rho for _, _, rho in terms), rest)
                 best = torch.minimum(best, round_up(size * here + left, len(terms) + 2))
             if at is network.first or isinstance(at.step, Input):
+                assert not pending  # everything passes through here
                 if at is network.first:
                     rest = round_up(rest + _charge(network.root, size), 1)
                     row = row @ network.root

@@ -9,9 +9,20 @@ import torch
 from torch import Tensor
 
 from certify.bounding import in_order
+from certify.joining import times
 from certify.linear_maps import TINY, LinearMap, linear_map, norms
 from certify.operators import Scale
-from certify.signal import Affine, Concatenation, Flatten, Input, Lipschitz, Signal, Slopes, Sum
+from certify.signal import (
+    Affine,
+    Concatenation,
+    Flatten,
+    Input,
+    Lipschitz,
+    Signal,
+    Slopes,
+    Sum,
+    UnsupportedModel,
+)
 from certify.tightening import NetworkBound
 from ff_bounds.rounding import UNIT_ROUNDOFF, gamma, product_bound, round_up
 
@@ -26,6 +37,8 @@ class LocalNetwork:
     def __init__(self, bound: NetworkBound) -> None:
         self.bounding = bound.bounding
         self.order = in_order(self.bounding.output)
+        if sum(isinstance(signal.step, Input) for signal in self.order) != 1:
+            raise UnsupportedModel("local bounds take a network with one input")
         self.place = {signal: index for index, signal in enumerate(self.order)}
         self.norms: dict[Signal, Tensor] = {}
         self.maps: dict[Signal, LinearMap] = {}
@@ -152,7 +165,7 @@ def plain_value(signal: Signal, bounds: list[Tensor], factor: Tensor) -> Tensor:
     if isinstance(step, (Affine, Slopes)):
         return product_bound(bounds[0], factor)
     if isinstance(step, Lipschitz):
-        return product_bound(bounds[0], torch.as_tensor(step.constant).to(bounds[0]))
+        return times(bounds[0], step.constant)
     if isinstance(step, Flatten):
         return bounds[0]
     if isinstance(step, Concatenation):

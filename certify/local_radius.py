@@ -15,6 +15,7 @@ from certify.local_network import LocalNetwork
 from certify.signal import Signal
 
 _TRIALS = 3
+_FIRST = 1000.0  # largest ratio of the first trial to the global radius
 _CLOSE = 0.01  # relative width of what is left to be found
 _ENTRIES = 2**20  # of the largest tensors of rows at a time, 8 MiB
 
@@ -84,7 +85,8 @@ def _in_parallel(function: Callable[[Tensor], Tensor], parts: list[Tensor]) -> l
 def _search(network: LocalNetwork, batch: _Batch, best: Tensor) -> Tensor:
     """Improve on proven radii."""
     highest = _margin_radius(network, batch, torch.zeros_like(best))
-    reach, radius = highest.clone(), 0.5 * (best + highest)
+    # A network that is flat here has no highest worth the name: not too far at first.
+    reach, radius = highest.clone(), torch.minimum(0.5 * (best + highest), _FIRST * best)
     best, index = best.clone(), torch.arange(len(best), device=best.device)
     for _ in range(_TRIALS):
         worth = reach > best[index] * (1.0 + _CLOSE)
@@ -95,9 +97,8 @@ def _search(network: LocalNetwork, batch: _Batch, best: Tensor) -> Tensor:
         found = _margin_radius(network, batch, radius)
         best[index] = torch.maximum(best[index], torch.minimum(found, radius))
         reach = torch.minimum(torch.where(found < radius, radius, found), reach)
-        radius = _crossing(highest, radius, found)
-        inside = (radius > best[index]) & (radius < reach)
-        radius = torch.where(inside, radius, 0.5 * (best[index] + reach))
+        radius = torch.minimum(_crossing(highest, radius, found), reach)
+        radius = torch.where(radius > best[index], radius, 0.5 * (best[index] + reach))
     return best
 
 

@@ -91,6 +91,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "pooled": lambda: conv(
         nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.ReLU()
     ),
+    "overlapping pools": lambda: conv(
+        nn.MaxPool2d(2, 1), nn.Conv2d(1, 3, 2), nn.LeakyReLU(-0.5), nn.AvgPool2d(2, 1), nn.ReLU()
+    ),
+    "kinks first": lambda: nn.Sequential(nn.Softshrink(0.2), dense(lambda: nn.LeakyReLU(2.0), 9)),
+    "smooth beside": lambda: nn.Sequential(dense(nn.GELU, 9), nn.ReLU(), nn.Linear(4, 4)),
     "sorted": lambda: dense(models.MaxMin, 8, 8),
     "residual": Residual,
     "offset": Offset,
@@ -179,7 +184,8 @@ def test_with_all_units_decided_the_norm_is_exact(name: str) -> None:
     found, _ = ball(certified, x.detach(), torch.full((3,), 1e-9, dtype=torch.float64))
     falls = found.margins(predicted)
     margins = logits.gather(1, predicted[:, None]) - logits
-    followed = name not in ("tanh", "sorted", "pooled", "transposed", "replicate", "circular")
+    not_followed = "tanh", "sorted", "pooled", "transposed", "replicate", "circular"
+    followed = name not in (*not_followed, "overlapping pools", "smooth beside")
     for j in range(4):
         (gradient,) = torch.autograd.grad(margins[:, j].sum(), x, retain_graph=True)
         exact = gradient.flatten(1).norm(dim=1)
@@ -320,3 +326,108 @@ def test_an_unknown_certificate_is_refused() -> None:
     certified = CertifiedModel(made("linear", 0), (1, 4, 4))
     with pytest.raises(ValueError, match="lipschitz, local"):
         certified.certify(torch.zeros(1, 1, 4, 4), "exact")
+
+
+# --- what an audit found ----------------------------------------------------------------------
+
+
+class Shifted(nn.Module):
+    """The input beside the input less a constant: with a domain, two values at its centre."""
+
+    def __init__(self, kind: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 3) for _ in range(3)])
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.layers
+        if self.kind == 0:
+            return a(x) + b(x - 0.5)
+        if self.kind == 1:
+            return c((a(x) + b(x - 0.5)).relu())
+        if self.kind == 2:
+            return c(a(torch.relu(x - 0.3) + x).relu())
+        if self.kind == 3:
+            return c((a(x - 0.1) + b(x - 0.5) + x).relu())
+        return c((a(x) * torch.sigmoid(b(x + 0.2))).relu())
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_shifted_inputs_and_products_on_a_domain(kind: int) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        certified = CertifiedModel(Shifted(kind), (3,), domain=(0, 1))
+        x = torch.rand(60, 3, dtype=torch.float64)
+        found = certified.certify(x, certificate="local")
+        globally = certified.certify(x)
+        assert bool((found.radius >= globally.radius).all())
+        for _ in range(400):
+            step = torch.randn_like(x)
+            step = step / step.norm(dim=1, keepdim=True) * found.radius.clamp_max(2.0)[:, None]
+            y = (x + 0.999 * torch.rand(60, 1, dtype=torch.float64) * step).clamp(0, 1)
+            assert torch.equal(certified.logits(y).argmax(dim=1), found.prediction)
+
+
+@pytest.mark.parametrize(
+    "first", [lambda: nn.LeakyReLU(-3.0, inplace=True), lambda: nn.ReLU6(inplace=True)]
+)
+def test_a_first_operation_in_place(first: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(first(), nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
+    certified = CertifiedModel(model, (3,))
+    x = torch.randn(50, 3)
+    doubles = x.double()
+    for certificate in ("lipschitz", "local"):
+        single = certified.certify(x, certificate=certificate)
+        double = certified.certify(doubles, certificate=certificate)
+        torch.testing.assert_close(single.radius, double.radius)
+        assert torch.equal(doubles, x.double())
+
+
+def test_constants_that_are_no_float32_numbers() -> None:
+    """The root of two of overlapping pools, exactly attained by one bright pixel."""
+    model = nn.Sequential(
+        nn.MaxPool1d(2, 1), nn.Flatten(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)
+    ).double()
+    with torch.no_grad():
+        model[2].weight.copy_(torch.eye(2))
+        model[2].bias.zero_()
+        model[4].weight.copy_(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+        model[4].bias.zero_()
+    certified = CertifiedModel(model, (1, 3))
+    x = torch.tensor([[[-9.0, 1.0, -9.0]]], dtype=torch.float64)
+    found, _ = ball(certified, x, torch.tensor([0.5], dtype=torch.float64))
+    pool = next(s for s in certified.local.order if s.name == "0")
+    assert found.lipschitz[pool].item() >= 2.0**0.5 * (1 - 1e-15)
+    assert certified.certify(x, certificate="local").radius.item() <= 1.0
+
+
+def test_decided_samples_do_not_depend_on_their_batch() -> None:
+    """Where the network is linear all the way, the first bound says where the radius lies."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].bias.add_(30.0)
+    certified = CertifiedModel(model, (3,))
+    x = torch.randn(200, 3, dtype=torch.float64)
+    together = certified.certify(x, certificate="local").radius
+    alone = torch.cat([certified.certify(p, certificate="local").radius for p in x.split(1)])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=0.0)
+    rows = certified.model[2].weight @ certified.model[0].weight
+    logits = certified.logits(x)
+    top = logits.argmax(dim=1)
+    margins = logits.gather(1, top[:, None]) - logits
+    lengths = (rows[top][:, None] - rows).norm(dim=2)
+    exact = torch.where(lengths > 0, margins / lengths, torch.inf).amin(dim=1)
+    torch.testing.assert_close(together, exact, rtol=1e-9, atol=0.0)
+
+
+def test_a_network_that_is_flat_nearby_gains() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(-50.0)
+        model[2].bias.copy_(torch.tensor([1.0, 0.0]))
+    certified = CertifiedModel(model, (2,))
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    found = certified.certify(x, certificate="local").radius
+    assert found.item() > 5 * certified.certify(x).radius.item()
