@@ -155,7 +155,8 @@ def page(rows: list[dict[str, object]], settings: str) -> str:
     bounded = [row for row in rows if not row.get("refused")]
     for row in bounded:
         cells = [f"{float(str(row['parameters'])) / 1e6:.1f} M", f"{row['input']}²"]
-        cells += [str(row.get("domain") or "all"), str(row["lipschitz"]), str(row["seen"])]
+        lipschitz = "beyond 1.8e308" if row["lipschitz"] == "inf" else str(row["lipschitz"])
+        cells += [str(row.get("domain") or "all"), lipschitz, str(row["seen"])]
         cells += [str(row["pairs"]), str(row["seconds"])]
         lines.append(f"| {row['architecture']} | {' | '.join(cells)} |")
     lines += ["", "Refused:", "", "| architecture | why |", "|---|---|"]
