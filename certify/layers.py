@@ -30,6 +30,7 @@ class Layer:
     Attributes:
         name: of its modules.
         kind: what it is, e.g. ``"conv 64 -> 128, 3x3 / 2"``.
+        shape: of its output, for one sample.
         bound: proven bound of its norm.
         seen: largest ratio of the norms of differences after and before it that was seen.
         share: part of the logarithm of the network's bound that it stands for: the bound's
@@ -40,6 +41,7 @@ class Layer:
 
     name: str
     kind: str
+    shape: tuple[int, ...]
     bound: float
     seen: float
     share: float
@@ -79,14 +81,18 @@ class NetworkReport:
         """Return the report for people."""
         width = max([5, *(len(layer.name) for layer in self.layers)])
         kinds = max([4, *(len(layer.kind) for layer in self.layers)])
-        head = f"{'layer':<{width}}  {'kind':<{kinds}}  {'norm <=':>9} {'seen':>9} {'share':>7}"
+        shapes = ["x".join(map(str, layer.shape)) for layer in self.layers]
+        sizes = max([6, *map(len, shapes)])
+        head = f"{'layer':<{width}}  {'kind':<{kinds}}  {'output':<{sizes}}  {'norm <=':>9} "
+        head += f"{'seen':>9} {'share':>7}"
         lines = [head + f"  {'so far <=':>9} {'seen':>9}"]
         lines += [
-            f"{layer.name:<{width}}  {layer.kind:<{kinds}}  {layer.bound:9.4g} {layer.seen:9.4g} "
-            f"{100 * layer.share:6.1f}%  {layer.bound_so_far:9.4g} {layer.seen_so_far:9.4g}"
-            for layer in self.layers
+            f"{layer.name:<{width}}  {layer.kind:<{kinds}}  {shape:<{sizes}}  {layer.bound:9.4g} "
+            f"{layer.seen:9.4g} {100 * layer.share:6.1f}%  {layer.bound_so_far:9.4g} "
+            f"{layer.seen_so_far:9.4g}"
+            for layer, shape in zip(self.layers, shapes, strict=True)
         ]
-        lines.append("")
+        lines += ["", f"norms of convolutions by {self.method}"]
         previous = None
         for level, value in self.lipschitz.items():
             gain = "" if previous is None else f"{_ratio(previous, value):>9}"
@@ -177,6 +183,7 @@ def _layers(
             Layer(
                 signal.name,
                 _kind(operator),
+                signal.shape[1:],
                 norms(operator).item(),
                 _ratio_of(after, before),
                 share,

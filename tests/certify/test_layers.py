@@ -41,7 +41,9 @@ def test_layers_and_steps() -> None:
     first, last = report.layers[0], report.layers[-1]
     assert first.name == "0 + 1 + 2"
     assert first.kind == "conv 3 -> 4, 3x3"
+    assert first.shape == (4, 8, 8)
     assert last.kind == "linear 16 -> 10"
+    assert last.shape == (10,)
     assert last.seen_so_far == pytest.approx(report.seen)
     assert last.bound_so_far == pytest.approx(report.lipschitz["merge"])
 
