@@ -180,8 +180,9 @@ class Bounding:
         Args:
             values: as `evaluate` returns them.
             norms: what they were measured by.
-            measure: of the output's operator, or a composition that ends in it: any function that
-                is a norm of ``B A`` whenever ``|| . ||`` is one of ``A``.
+            measure: of the output's operator, or a composition that ends in it: bounds of
+                ``||v A||`` for some rows ``v``, as `Matrix.row_difference_bound`; what `evaluate`
+                says of norms holds for each of these.
         """
         operator = self.operator(self.output)
         assert not isinstance(operator, Scale)

@@ -39,7 +39,9 @@ class CertifiedModel:
             `certify.tightening.TIGHTENINGS`.
         domain: smallest and largest entry of an input, ``(0, 1)`` for images. Only networks that
             multiply tensors that depend on the input (squeeze and excitation) need it; what is
-            proven then holds for perturbed inputs within the domain.
+            proven then holds for perturbed inputs within the domain, and rests on the network's
+            values at its centre, computed in float64 with an allowance of 1e-9 for rounding
+            (`certify.products`).
 
     Raises:
         UnsupportedModel: an operation that has no rule, or cannot have one.

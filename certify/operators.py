@@ -8,6 +8,7 @@ channel that stem from floating-point computations, and an absolute error; both 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -51,7 +52,7 @@ class Scale:
 
 
 @dataclass(frozen=True, eq=False)
-class _Weighted:
+class _Weighted(ABC):
     """A weight with factors.
 
     Attributes:
@@ -96,9 +97,9 @@ class _Weighted:
             total = sum_bound(total, scaled)
         return total
 
+    @abstractmethod
     def effective_weight(self) -> Tensor:
         """Weight with its factors, in the weight's own dtype."""
-        raise NotImplementedError
 
 
 def sum_of_tap_norms(weight: Tensor) -> Tensor:

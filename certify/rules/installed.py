@@ -56,8 +56,8 @@ def householder(module: Any, x: Signal) -> Signal:
     return x.scaled()
 
 
-def scaled_maxmin(module: Any, x: Signal) -> Signal:
-    """Channel ``k`` and the one half of all further on become their maximum and minimum."""
+def maxmin_of_halves(module: Any, x: Signal) -> Signal:
+    """Entry ``k`` and the one half of the axis further on become their maximum and minimum."""
     axes = len(x.shape)
     if module.axis % axes == 0 or x.shape[module.axis] % 2:
         raise UnsupportedModel(f"MaxMin along axis {module.axis} of {x.shape}")
@@ -77,6 +77,6 @@ _RULES: tuple[tuple[str, tuple[str, ...], Rule], ...] = (
     ("deel.torchlip.modules", ("GroupSort", "GroupSort2", "FullSort"), sorting),
     ("deel.torchlip.modules", ("MaxMin",), positive_and_negative_part),
     ("deel.torchlip.modules", ("HouseHolder",), householder),
-    ("orthogonium.layers.custom_activations", ("MaxMin",), scaled_maxmin),
+    ("orthogonium.layers.custom_activations", ("MaxMin",), maxmin_of_halves),
     ("orthogonium.layers.custom_activations", ("HouseHolder",), scaled_householder),
 )
