@@ -174,19 +174,22 @@ class Bounding:
                 values[signal] = self._value(signal, values, norms)
         return values
 
-    def last(self, values: Mapping[Signal, Tensor], norms: Norms, measure: Norms) -> Tensor:
-        """Bound the output, an affine step, as in `evaluate` but with another measure of it.
+    def measured(
+        self, signal: Signal, values: Mapping[Signal, Tensor], norms: Norms, measure: Norms
+    ) -> Tensor:
+        """Bound an affine step's signal, as in `evaluate` but with another measure of it.
 
         Args:
+            signal: whose operator is a matrix or convolution.
             values: as `evaluate` returns them.
             norms: what they were measured by.
-            measure: of the output's operator, or a composition that ends in it: bounds of
-                ``||v A||`` for some rows ``v``, as `Matrix.row_difference_bound`; what `evaluate`
-                says of norms holds for each of these.
+            measure: of the signal's operator, or a composition that ends in it: bounds of
+                ``||V A||`` for some matrices ``V``, as `Matrix.row_difference_bound`; what
+                `evaluate` says of norms holds for each of these.
         """
-        operator = self.operator(self.output)
+        operator = self.operator(signal)
         assert not isinstance(operator, Scale)
-        return self._through(operator, self.output.parents[0], values, norms, measure)
+        return self._through(operator, signal.parents[0], values, norms, measure)
 
     def _value(self, signal: Signal, values: dict[Signal, Tensor], norms: Norms) -> Tensor:
         step, parents = signal.step, signal.parents

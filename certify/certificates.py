@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-CERTIFICATES = ("lipschitz", "local")
-"""By Lipschitz constants, or by local bounds about each input."""
+CERTIFICATES = ("lipschitz", "local", "curvature", "dual", "best")
+"""By Lipschitz constants; by local bounds about each input; by gradients and bounds of second
+derivatives; by duality; the largest radius of those that apply."""
 
 
 def check_certificate(name: str) -> None:
@@ -95,6 +97,19 @@ def certificate(logits: Tensor, margin_lipschitz: Tensor) -> Certificate:
 
     prediction = logits.argmax(dim=1)
     return Certificate(prediction, margin_radius(logits, prediction, bounds[prediction]))
+
+
+def largest_of(found: Sequence[Certificate]) -> tuple[Certificate, Tensor]:
+    """Combine certificates of the same predictions.
+
+    Args:
+        found: at least one.
+
+    Returns:
+        The largest radii, and ``(N,)`` which certificate each is from, the first of equal ones.
+    """
+    radius, which = torch.stack([one.radius for one in found]).max(dim=0)
+    return Certificate(found[0].prediction, radius), which
 
 
 def margin_radius(logits: Tensor, prediction: Tensor, constants: Tensor) -> Tensor:

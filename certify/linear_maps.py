@@ -27,7 +27,10 @@ class LinearMap(Protocol):
 
     @property
     def charge(self) -> Tensor:
-        """For rows ``v``, how far ``pull(v)`` is from ``v A`` at most, over ``||v||``."""
+        """For rows ``v``, how far ``pull(v)`` is from ``v A`` at most, over ``||v||``.
+
+        Each entry of ``pull(v, absolute=True)`` is at most as far from ``v |A|``.
+        """
 
     @property
     def error(self) -> Tensor:
@@ -37,14 +40,17 @@ class LinearMap(Protocol):
     def terms(self) -> int:
         """How many products are added in an entry of `push` at most."""
 
-    def pull(self, rows: Tensor) -> Tensor:
-        """``v A`` for rows ``(..., *output)``, rounded; ``(..., *input)``."""
+    def pull(self, rows: Tensor, *, absolute: bool = False) -> Tensor:
+        """``v A``, or ``v |A|``, for rows ``(..., *output)``, rounded; ``(..., *input)``."""
 
     def push(self, vectors: Tensor, *, absolute: bool = False) -> Tensor:
         """``A x``, or ``|A| x``, for vectors ``(..., *input)``, rounded."""
 
     def unit_norms(self) -> Tensor:
         """Upper bounds of the norms of the rows of ``A``, of the output's shape or broadcast."""
+
+    def column_norms(self) -> Tensor:
+        """Upper bounds of the norms of the columns of ``A``, of the input's shape or broadcast."""
 
 
 def linear_map(
@@ -96,14 +102,17 @@ class _Dense:
         charge = round_up(gamma(weight.shape[0] + 2) * size + error, 3)
         return _Dense(weight, charge, error, weight.shape[1])
 
-    def pull(self, rows: Tensor) -> Tensor:
-        return rows @ self.weight
+    def pull(self, rows: Tensor, *, absolute: bool = False) -> Tensor:
+        return rows @ (self.weight.abs() if absolute else self.weight)
 
     def push(self, vectors: Tensor, *, absolute: bool = False) -> Tensor:
         return vectors @ (self.weight.abs() if absolute else self.weight).mT
 
     def unit_norms(self) -> Tensor:
         return round_up(norms(self.weight, 1) + self.error, 1)
+
+    def column_norms(self) -> Tensor:
+        return round_up(norms(self.weight.mT, 1) + self.error, 1)
 
 
 @dataclass(frozen=True)
@@ -121,14 +130,17 @@ class _Scaling:
         shape = (-1,) if factors.numel() == 1 else (-1, *[1] * (len(inputs) - 1))
         return _Scaling(factors.reshape(shape), round_up(2.0 * error, 1), error)
 
-    def pull(self, rows: Tensor) -> Tensor:
-        return rows * self.factors
+    def pull(self, rows: Tensor, *, absolute: bool = False) -> Tensor:
+        return rows * (self.factors.abs() if absolute else self.factors)
 
     def push(self, vectors: Tensor, *, absolute: bool = False) -> Tensor:
         return vectors * (self.factors.abs() if absolute else self.factors)
 
     def unit_norms(self) -> Tensor:
         return round_up(self.factors.abs() + self.error, 1)
+
+    def column_norms(self) -> Tensor:
+        return self.unit_norms()
 
 
 @dataclass(frozen=True)
@@ -187,8 +199,9 @@ class _Convolving:
             )
         ]
 
-    def pull(self, rows: Tensor) -> Tensor:
-        return self._apply(rows, self.weight, self.inputs, self.left)
+    def pull(self, rows: Tensor, *, absolute: bool = False) -> Tensor:
+        weight = self.weight.abs() if absolute else self.weight
+        return self._apply(rows, weight, self.inputs, self.left)
 
     def push(self, vectors: Tensor, *, absolute: bool = False) -> Tensor:
         weight = self.weight.abs() if absolute else self.weight
@@ -218,3 +231,10 @@ class _Convolving:
         """All taps of an output channel; at the border zero padding leaves some out."""
         rows = round_up(norms(self.weight, self.weight.ndim - 1) + self.error, 1)
         return rows.reshape(-1, *[1] * (self.weight.ndim - 2))
+
+    def column_norms(self) -> Tensor:
+        """All taps that an input channel can meet, which a stride keeps from meeting at once."""
+        grouped = self.weight.reshape(self.groups, -1, *self.weight.shape[1:])
+        columns = grouped.transpose(1, 2).flatten(0, 1)
+        found = round_up(norms(columns, columns.ndim - 1) + self.error, 1)
+        return found.reshape(-1, *[1] * (self.weight.ndim - 2))

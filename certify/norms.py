@@ -62,7 +62,7 @@ def margin_lipschitz(bounding: Bounding, values: Mapping[Signal, Tensor], norms:
     """
     step = bounding.output.step
     if isinstance(step, Affine) and isinstance(step.operator, Matrix):
-        return bounding.last(values, norms, _row_differences)
+        return bounding.measured(bounding.output, values, norms, _row_differences)
     lipschitz = values[bounding.output]
     classes = bounding.output.shape[1]
     lipschitz = round_up(lipschitz * 2.0**0.5, 2)

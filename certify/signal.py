@@ -50,6 +50,8 @@ class Slopes:
         largest: bound of its absolute value.
         breaks: ascending, where straight pieces meet; none where it is not made of any.
         slopes: of the pieces, from left to right, one more than there are breaks.
+        curvature: what the difference quotients of its slope lie between; ``None`` where the slope
+            jumps, or nothing is known.
     """
 
     low: float
@@ -57,6 +59,7 @@ class Slopes:
     largest: float = math.inf
     breaks: tuple[float, ...] = ()
     slopes: tuple[float, ...] = ()
+    curvature: tuple[float, float] | None = None
 
     @property
     def steepest(self) -> float:
@@ -72,10 +75,12 @@ class Lipschitz:
         constant: proven upper bound.
         channelwise: whether scaling the channels (axis 1) of its input by any positive factors
             scales those of its output by the same.
+        linear: whether it is affine, so that its second derivative is zero.
     """
 
     constant: float | Tensor = 1.0
     channelwise: bool = False
+    linear: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +163,20 @@ class Signal:
         """Apply an affine map."""
         return Signal(self.shape, Affine(operator), (self,))
 
-    def elementwise(self, low: float, high: float, *, largest: float = math.inf) -> Signal:
+    def elementwise(
+        self,
+        low: float,
+        high: float,
+        *,
+        largest: float = math.inf,
+        curvature: tuple[float, float] | None = None,
+    ) -> Signal:
         """Apply a function of each entry; see `Slopes`."""
         if not -math.inf < low <= high < math.inf:
             raise UnsupportedModel(f"slopes between {low} and {high} are not bounded")
-        return Signal(self.shape, Slopes(low, high, largest), (self,))
+        if curvature is not None and not -math.inf < curvature[0] <= 0 <= curvature[1] < math.inf:
+            curvature = None  # not bounded
+        return Signal(self.shape, Slopes(low, high, largest, curvature=curvature), (self,))
 
     def piecewise(
         self, breaks: Sequence[float], slopes: Sequence[float], *, largest: float = math.inf
@@ -177,9 +191,15 @@ class Signal:
         step = replace(result.step, breaks=tuple(breaks), slopes=tuple(slopes))
         return replace(result, step=step)
 
-    def scaled(self, lipschitz: float | Tensor = 1.0, *, channelwise: bool = False) -> Signal:
+    def scaled(
+        self,
+        lipschitz: float | Tensor = 1.0,
+        *,
+        channelwise: bool = False,
+        linear: bool = False,
+    ) -> Signal:
         """Apply a map with this Lipschitz constant; see `Lipschitz`."""
-        return Signal(self.shape, Lipschitz(lipschitz, channelwise), (self,))
+        return Signal(self.shape, Lipschitz(lipschitz, channelwise, linear), (self,))
 
 
 def total(signals: Sequence[Signal]) -> Signal:

@@ -112,7 +112,7 @@ def _times(x: Signal, factors: Any, roundings: int) -> Signal:
     if math.prod(aligned) == channels:
         return x.through(Scale(constant.flatten(), roundings))
     largest = Scale(constant.flatten(), roundings).bound()
-    return x.scaled(largest, channelwise=True)
+    return x.scaled(largest, channelwise=True, linear=True)
 
 
 @lipschitz_rule(torch.maximum, torch.minimum, torch.fmax, torch.fmin, "maximum", "minimum")
@@ -167,6 +167,8 @@ def broadcast(x: Any, y: Any) -> tuple[Any, Any]:
         if len(shape) != len(joint) or shape[0] != joint[0]:
             raise UnsupportedModel(f"broadcasting {shape} to {joint} moves the batch axis")
         times = math.prod(joint) // max(1, math.prod(shape))
-        repeated = term if times == 1 else term.scaled(math.sqrt(times) * (1 + 2**-50))
+        repeated = term
+        if times > 1:
+            repeated = term.scaled(math.sqrt(times) * (1 + 2**-50), linear=True)
         found.append(replace(repeated, shape=joint) if times > 1 else term)
     return found[0], found[1]

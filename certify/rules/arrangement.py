@@ -52,7 +52,7 @@ def flatten(x: Signal, start_dim: int = 0, end_dim: int = -1) -> Signal:
         )
     if start_dim % axes == 1 and end_dim % axes == axes - 1:
         return Signal(x.shape, Flatten(), (x,))
-    return x.scaled()
+    return x.scaled(linear=True)
 
 
 by_attributes(flatten, nn.Flatten, attributes="start_dim end_dim")
@@ -66,7 +66,7 @@ def reshape(x: Signal, *shape: Any) -> Signal:
     sizes = tuple(shape[0]) if shape and isinstance(shape[0], (tuple, list)) else shape
     if len(sizes) == 2 and len(x.shape) > 2:
         return Signal(x.shape, Flatten(), (x,))
-    return x.scaled()
+    return x.scaled(linear=True)
 
 
 @lipschitz_rule(nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
@@ -74,13 +74,13 @@ def rearrange(module: nn.Module, x: Signal) -> Signal:
     """A permutation of a sample's entries, or another shape (the walker checks the batch axis)."""
     if isinstance(module, nn.Unflatten) and module.dim in (0, -len(x.shape)):
         raise UnsupportedModel("unflattening the batch axis")
-    return x.scaled()
+    return x.scaled(linear=True)
 
 
 @lipschitz_rule(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle)
 def shuffle(input: Signal, factor: Any = None, **named: Any) -> Signal:
     """A permutation of a sample's entries."""
-    return input.scaled()
+    return input.scaled(linear=True)
 
 
 @lipschitz_rule(torch.unflatten, "unflatten")
@@ -88,7 +88,7 @@ def unflatten(x: Signal, dim: int, sizes: Any) -> Signal:
     """One axis becomes several."""
     if dim % len(x.shape) == 0:
         raise UnsupportedModel("unflattening the batch axis")
-    return x.scaled()
+    return x.scaled(linear=True)
 
 
 @lipschitz_rule(torch.squeeze, "squeeze", "squeeze_")
@@ -96,7 +96,7 @@ def squeeze(x: Signal, dim: Any = None) -> Signal:
     """Drop axes of length one."""
     if dim is None:
         raise UnsupportedModel("squeeze without dim drops the batch axis of a single sample")
-    return x.scaled()
+    return x.scaled(linear=True)
 
 
 @lipschitz_rule(torch.unsqueeze, "unsqueeze", "unsqueeze_")
@@ -104,7 +104,7 @@ def unsqueeze(x: Signal, dim: int) -> Signal:
     """Add an axis of length one."""
     if dim % (len(x.shape) + 1) == 0:
         raise UnsupportedModel("a new axis before the batch axis")
-    return x.scaled()
+    return x.scaled(linear=True)
 
 
 @lipschitz_rule(torch.permute, "permute")
@@ -113,7 +113,7 @@ def permute(x: Signal, *dims: Any) -> Signal:
     order = _listed(dims)
     if order[0] % len(x.shape) != 0:
         raise UnsupportedModel("moving the batch axis")
-    return x.scaled()
+    return x.scaled(linear=True)
 
 
 @lipschitz_rule(torch.transpose, torch.swapaxes, "transpose", "transpose_", "swapaxes")
@@ -121,7 +121,7 @@ def transpose(x: Signal, dim0: int, dim1: int) -> Signal:
     """Swap two axes behind the batch's."""
     if dim0 % len(x.shape) == 0 or dim1 % len(x.shape) == 0:
         raise UnsupportedModel("moving the batch axis")
-    return x.scaled()
+    return x.scaled(linear=True)
 
 
 @lipschitz_rule(torch.flip, "flip", torch.roll, "roll")
@@ -131,7 +131,7 @@ def flip(x: Signal, *arguments: Any, **named: Any) -> Signal:
     listed = axes if isinstance(axes, (tuple, list)) else (axes,)
     if any(axis is None or axis % len(x.shape) == 0 for axis in listed):
         raise UnsupportedModel("flipping or rolling the batch axis")
-    return x.scaled()
+    return x.scaled(linear=True)
 
 
 @lipschitz_rule(operator.getitem)
@@ -147,7 +147,7 @@ def getitem(x: Any, index: Any) -> Any:
     )
     if not isinstance(x, Signal) or not whole:
         raise UnsupportedModel("indexing other than by slices and integers behind the batch axis")
-    return x.scaled()
+    return x.scaled(linear=True)
 
 
 @lipschitz_rule(torch.narrow, "narrow")
@@ -155,7 +155,7 @@ def narrow(x: Signal, dim: int, start: int, length: int) -> Signal:
     """A slice."""
     if dim % len(x.shape) == 0:
         raise UnsupportedModel("a slice of the batch axis")
-    return x.scaled()
+    return x.scaled(linear=True)
 
 
 @lipschitz_rule(torch.select, "select")
@@ -170,7 +170,7 @@ def chunk(x: Signal, chunks: int, dim: int = 0) -> tuple[Signal, ...]:
     if dim % len(x.shape) == 0:
         raise UnsupportedModel("chunks of the batch axis")
     length = math.ceil(x.shape[dim] / chunks)
-    return tuple(x.scaled() for _ in range(math.ceil(x.shape[dim] / length)))
+    return tuple(x.scaled(linear=True) for _ in range(math.ceil(x.shape[dim] / length)))
 
 
 @lipschitz_rule(torch.split, "split")
@@ -179,8 +179,8 @@ def split(x: Signal, split_size: Any, dim: int = 0) -> tuple[Signal, ...]:
     if dim % len(x.shape) == 0:
         raise UnsupportedModel("parts of the batch axis")
     if isinstance(split_size, int):
-        return tuple(x.scaled() for _ in range(math.ceil(x.shape[dim] / split_size)))
-    return tuple(x.scaled() for _ in split_size)
+        return tuple(x.scaled(linear=True) for _ in range(math.ceil(x.shape[dim] / split_size)))
+    return tuple(x.scaled(linear=True) for _ in split_size)
 
 
 @lipschitz_rule(torch.unbind, "unbind")
@@ -188,7 +188,7 @@ def unbind(x: Signal, dim: int = 0) -> tuple[Signal, ...]:
     """Slices."""
     if dim % len(x.shape) == 0:
         raise UnsupportedModel("the samples of a batch one by one")
-    return tuple(x.scaled() for _ in range(x.shape[dim]))
+    return tuple(x.scaled(linear=True) for _ in range(x.shape[dim]))
 
 
 @lipschitz_rule(torch.cat, torch.concat, torch.concatenate)
@@ -234,8 +234,8 @@ def pad(input: Signal, pad: Any, mode: str = "constant", value: float | None = N
     channelwise = len(pairs) < len(x.shape) - 1
     if mode == "circular" and len(pairs) == len(x.shape) - 2 and all(a == b for a, b in pairs):
         amounts = tuple(before for before, _ in reversed(pairs))
-        return Signal(x.shape, Wrapping(root, channelwise, amounts), (x,))
-    return x.scaled(root, channelwise=channelwise)
+        return Signal(x.shape, Wrapping(root, channelwise, linear=True, amounts=amounts), (x,))
+    return x.scaled(root, channelwise=channelwise, linear=True)
 
 
 def _pad_by(mode: str, *modules: type) -> None:
@@ -283,7 +283,7 @@ def repeat(x: Signal, *repeats: Any) -> Signal:
 
 
 def _repeated(x: Signal, times: int) -> Signal:
-    return x.scaled(math.sqrt(times) * (1 + 2**-50) if times > 1 else 1.0)
+    return x.scaled(math.sqrt(times) * (1 + 2**-50) if times > 1 else 1.0, linear=True)
 
 
 def _listed(arguments: tuple[Any, ...]) -> tuple[int, ...]:
@@ -319,5 +319,5 @@ def attribute(x: Any, name: str) -> Any:
     if name in known:
         return known[name]
     if name == "mT" and len(x.shape) > 2:
-        return x.scaled()
+        return x.scaled(linear=True)
     raise UnsupportedModel(f"attribute {name!r} of a tensor that depends on the input")

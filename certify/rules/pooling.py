@@ -124,7 +124,9 @@ def _average_pooling(axes: int, module: type) -> None:
         constant = _averages(
             input, kernel, steps, padded, ceil_mode, count_include_pad=count_include_pad, **sums
         )
-        return input.scaled(constant / abs(divisor_override or 1) * _UP, channelwise=True)
+        return input.scaled(
+            constant / abs(divisor_override or 1) * _UP, channelwise=True, linear=True
+        )
 
     options = "kernel_size stride padding ceil_mode count_include_pad"
     lipschitz_rule(_AVERAGES[axes - 1])(avg_pool)
@@ -176,7 +178,7 @@ def _adaptive_average_pooling(axes: int, module: type, function: Any) -> None:
             else:
                 sizes = tuple(wanted if other == axis else 1 for other in range(axes))
                 constant *= _UP * axis_norm(function, size, axis, axes, output_size=sizes)
-        return input.scaled(constant / math.sqrt(entries) * _UP, channelwise=True)
+        return input.scaled(constant / math.sqrt(entries) * _UP, channelwise=True, linear=True)
 
     lipschitz_rule(function)(adaptive_avg_pool)
     by_attributes(adaptive_avg_pool, module, attributes="output_size")
@@ -206,7 +208,7 @@ def _power_pooling(axes: int, module: type, function: object) -> None:
         kernel, steps, padded = _options(axes, kernel_size, stride, 0)
         if norm_type == 1:
             constant = _averages(input, kernel, steps, padded, ceil_mode)
-            return input.scaled(constant * math.prod(kernel) * _UP, channelwise=True)
+            return input.scaled(constant * math.prod(kernel) * _UP, channelwise=True, linear=True)
         if norm_type not in range(2, 17, 2):
             raise UnsupportedModel(
                 f"pooling with norm_type={norm_type}; expected 1 or an even number up to 16: roots "

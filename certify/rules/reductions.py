@@ -46,7 +46,7 @@ def mean(
     """Rows of ``n`` entries ``1 / n`` on disjoint sets of entries: ``1 / sqrt(n)``."""
     _check_dtype(dtype)
     entries, channelwise = _reduced(input, axis if dim is None else dim)
-    return input.scaled(1.0 / math.sqrt(entries) * _UP, channelwise=channelwise)
+    return input.scaled(1.0 / math.sqrt(entries) * _UP, channelwise=channelwise, linear=True)
 
 
 @lipschitz_rule(torch.sum, "sum")
@@ -61,7 +61,7 @@ def sum_over(
     """Rows of ``n`` ones on disjoint sets of entries: ``sqrt(n)``."""
     _check_dtype(dtype)
     entries, channelwise = _reduced(input, axis if dim is None else dim)
-    return input.scaled(math.sqrt(entries) * _UP, channelwise=channelwise)
+    return input.scaled(math.sqrt(entries) * _UP, channelwise=channelwise, linear=True)
 
 
 @lipschitz_rule(torch.amax, "amax", torch.amin, "amin")

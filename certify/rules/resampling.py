@@ -151,7 +151,7 @@ def interpolate(
             antialias=antialias,
             **wanted,
         )
-    return input.scaled(constant, channelwise=True)
+    return input.scaled(constant, channelwise=True, linear=True)
 
 
 def _factor(scale_factor: Any, axis: int) -> float:
@@ -190,7 +190,9 @@ def unfold(
 ) -> Signal:
     """Copies of entries: the root of how often one occurs, a product over the axes."""
     check_axes(input, 2)
-    return input.scaled(_copies(input.shape[2:], kernel_size, dilation, padding, stride))
+    return input.scaled(
+        _copies(input.shape[2:], kernel_size, dilation, padding, stride), linear=True
+    )
 
 
 by_attributes(unfold, nn.Unfold, attributes="kernel_size dilation padding stride")
@@ -209,7 +211,7 @@ def fold(
     if len(input.shape) != 3:
         raise UnsupportedModel(f"expected input (N, C * kernel, windows), got {input.shape}")
     sizes = per_axis(output_size, 2)
-    return input.scaled(_copies(sizes, kernel_size, dilation, padding, stride))
+    return input.scaled(_copies(sizes, kernel_size, dilation, padding, stride), linear=True)
 
 
 by_attributes(fold, nn.Fold, attributes="output_size kernel_size dilation padding stride")

@@ -1,6 +1,7 @@
 """Functions of each entry whose slope changes gradually.
 
-A difference quotient is a mean of slopes, so their infimum and supremum are its ends. Decimal
+A difference quotient is a mean of slopes, so their infimum and supremum are its ends; likewise
+those of the second derivative are the ends of the slope's quotients (``curvature``). Decimal
 constants are rounded outward; the tests prove those without a closed form.
 """
 
@@ -19,8 +20,11 @@ from certify.signal import Signal, UnsupportedModel
 
 @lipschitz_rule(torch.tanh, torch.tanh_, "tanh", "tanh_")
 def tanh(input: Signal) -> Signal:
-    """The slope is ``1 - t^2`` where ``t`` is the value."""
-    return input.elementwise(0.0, 1.0, largest=1.0)
+    """The slope is ``1 - t^2`` where ``t`` is the value, its slope ``-2 t (1 - t^2)``.
+
+    That is extreme where ``t^2 = 1/3``: ``4 / (3 sqrt(3))``.
+    """
+    return input.elementwise(0.0, 1.0, largest=1.0, curvature=_both(0.7698003589195011))
 
 
 by_attributes(tanh, nn.Tanh)
@@ -29,7 +33,7 @@ by_attributes(tanh, nn.Tanh)
 @lipschitz_rule(F.tanhshrink)
 def tanhshrink(input: Signal) -> Signal:
     """``x - tanh(x)``, with slope ``tanh(x)^2``."""
-    return input.elementwise(0.0, 1.0)
+    return input.elementwise(0.0, 1.0, curvature=_both(0.7698003589195011))
 
 
 by_attributes(tanhshrink, nn.Tanhshrink)
@@ -37,8 +41,11 @@ by_attributes(tanhshrink, nn.Tanhshrink)
 
 @lipschitz_rule(torch.sigmoid, torch.sigmoid_, torch.special.expit, "sigmoid", "sigmoid_")
 def sigmoid(input: Signal) -> Signal:
-    """The slope ``s (1 - s)`` is at most 1/4."""
-    return input.elementwise(0.0, 0.25, largest=1.0)
+    """The slope ``s (1 - s)`` is at most 1/4.
+
+    Its own, ``s (1 - s) (1 - 2 s)``, is an eighth of that of ``tanh(x / 2)``: ``1 / (6 sqrt(3))``.
+    """
+    return input.elementwise(0.0, 0.25, largest=1.0, curvature=_both(0.09622504486493764))
 
 
 by_attributes(sigmoid, nn.Sigmoid)
@@ -46,8 +53,8 @@ by_attributes(sigmoid, nn.Sigmoid)
 
 @lipschitz_rule(F.logsigmoid)
 def logsigmoid(input: Signal) -> Signal:
-    """``-log(1 + exp(-x))``: the slope ``1 / (1 + exp(x))`` lies between 0 and 1."""
-    return input.elementwise(0.0, 1.0)
+    """``-log(1 + exp(-x))``: the slope ``1 / (1 + exp(x))`` lies between 0 and 1 and falls."""
+    return input.elementwise(0.0, 1.0, curvature=(-0.25, 0.0))
 
 
 by_attributes(logsigmoid, nn.LogSigmoid)
@@ -55,7 +62,7 @@ by_attributes(logsigmoid, nn.LogSigmoid)
 
 @lipschitz_rule(F.softplus)
 def softplus(input: Signal, beta: float = 1.0, threshold: float = 20.0) -> Signal:
-    """The slope is a sigmoid, at most 1.
+    """The slope is the sigmoid of ``beta x``, at most 1, and its own slope at most ``beta / 4``.
 
     Above ``threshold`` torch returns ``x`` itself: a jump by ``log(1 + exp(-threshold)) / beta``,
     which is below float64's rounding of a number of that size only from 34 on. Below the threshold
@@ -66,7 +73,7 @@ def softplus(input: Signal, beta: float = 1.0, threshold: float = 20.0) -> Signa
             f"Softplus(beta={beta}, threshold={threshold}) jumps or overflows at its "
             "threshold; use beta > 0 and threshold=40, the same function without that"
         )
-    return input.elementwise(0.0, 1.0)
+    return input.elementwise(0.0, 1.0, curvature=(0.0, number(beta) / 4.0))
 
 
 by_attributes(softplus, nn.Softplus, attributes="beta threshold")
@@ -74,8 +81,8 @@ by_attributes(softplus, nn.Softplus, attributes="beta threshold")
 
 @lipschitz_rule(F.softsign)
 def softsign(input: Signal) -> Signal:
-    """``x / (1 + |x|)``: the slope ``1 / (1 + |x|)^2`` is at most 1."""
-    return input.elementwise(0.0, 1.0)
+    """``x / (1 + |x|)``: the slope ``1 / (1 + |x|)^2`` is at most 1, its own at most 2."""
+    return input.elementwise(0.0, 1.0, curvature=_both(2.0))
 
 
 by_attributes(softsign, nn.Softsign)
@@ -83,8 +90,12 @@ by_attributes(softsign, nn.Softsign)
 
 @lipschitz_rule(F.elu)
 def elu(input: Signal, alpha: float = 1.0, inplace: bool = False) -> Signal:
-    """Slopes 1 above zero, ``alpha exp(x)`` below: all between 0 and ``alpha``."""
-    return input.elementwise(min(0.0, number(alpha)), max(1.0, number(alpha)))
+    """Slopes 1 above zero, ``alpha exp(x)`` below: all between 0 and ``alpha``.
+
+    Only with ``alpha = 1`` does the slope not jump.
+    """
+    curvature = (0.0, 1.0) if alpha == 1 else None
+    return input.elementwise(min(0.0, number(alpha)), max(1.0, number(alpha)), curvature=curvature)
 
 
 by_attributes(elu, nn.ELU, attributes="alpha")
@@ -110,11 +121,11 @@ def celu(input: Signal, alpha: float = 1.0, inplace: bool = False) -> Signal:
     """``alpha (exp(x / alpha) - 1)`` below zero: slopes between 0 and 1 for positive alpha.
 
     With a negative one the slope is not bounded. The limits keep torch's ``1 / alpha`` from
-    overflow.
+    overflow. The slope ``exp(x / alpha)`` has a slope of at most ``1 / alpha``.
     """
     if not 1e-300 < number(alpha) < 1e300:
         raise UnsupportedModel(f"CELU with alpha={alpha}; expected a positive number")
-    return input.elementwise(0.0, 1.0)
+    return input.elementwise(0.0, 1.0, curvature=(0.0, math.nextafter(1.0 / alpha, math.inf)))
 
 
 by_attributes(celu, nn.CELU, attributes="alpha")
@@ -125,16 +136,25 @@ def gelu(input: Signal, approximate: str = "none") -> Signal:
     r"""Slopes slightly below 0 and above 1.
 
     ``x Phi(x)`` has the slope ``g = Phi(x) + x phi(x)`` with ``g(-x) = 1 - g(x)``. Its derivative
-    ``phi(x) (2 - x^2)`` vanishes at ``sqrt(2)``, where ``g = (1 + erf 1) / 2 + 1 / (e sqrt(pi))``.
+    ``phi(x) (2 - x^2)`` vanishes at ``sqrt(2)``, where ``g = (1 + erf 1) / 2 + 1 / (e sqrt(pi))``,
+    and lies between ``-2 phi(2)`` and ``2 phi(0)``.
 
     With ``approximate="tanh"`` it is ``x (1 + t) / 2`` with ``t = tanh(u)`` and
     ``u = sqrt(2 / pi) (x + 0.044715 x^3)``. The slope ``(1 + t) / 2 + x (1 - t^2) u' / 2`` has the
-    same symmetry and is largest at 1.4185.
+    same symmetry and is largest at 1.4185; its own is extreme at 0 and 2.0135.
     """
     if approximate == "none":
-        return input.elementwise(-0.1289041451851548, 1.128904145185155)
+        return input.elementwise(
+            -0.1289041451851548,
+            1.128904145185155,
+            curvature=(-0.10798193302637611, 0.7978845608028655),
+        )
     if approximate == "tanh":
-        return input.elementwise(-0.12899306865877178, 1.128993068658772)
+        return input.elementwise(
+            -0.12899306865877178,
+            1.128993068658772,
+            curvature=(-0.10791351589036793, 0.7978845608028655),
+        )
     raise UnsupportedModel(f"GELU with approximate={approximate!r}")
 
 
@@ -145,9 +165,12 @@ by_attributes(gelu, nn.GELU, attributes="approximate")
 def silu(input: Signal, inplace: bool = False) -> Signal:
     """``x s(x)`` has the slope ``g = s + x s (1 - s)`` with ``g(-x) = 1 - g(x)``.
 
-    Its derivative ``s (1 - s) (2 - x tanh(x / 2))`` vanishes at 2.39936, where ``g = 1/2 + x/4``.
+    Its derivative ``s (1 - s) (2 - x tanh(x / 2))`` vanishes at 2.39936, where ``g = 1/2 + x/4``,
+    and is extreme at 0 and 3.43584.
     """
-    return input.elementwise(-0.09983932012886693, 1.099839320128867)
+    return input.elementwise(
+        -0.09983932012886693, 1.099839320128867, curvature=(-0.03691437319989319, 0.5)
+    )
 
 
 by_attributes(silu, nn.SiLU)
@@ -158,9 +181,14 @@ def mish(input: Signal, inplace: bool = False) -> Signal:
     """``x t`` with ``t = tanh(log(1 + exp(x)))``, which torch evaluates without a threshold.
 
     With ``w = exp(2x) + 2 exp(x) + 2`` the slope ``t + x t'`` is
-    ``1 - 2 / w + 4 x (exp(2x) + exp(x)) / w^2``, extreme at -2.2564 and 1.4906.
+    ``1 - 2 / w + 4 x (exp(2x) + exp(x)) / w^2``, extreme at -2.2564 and 1.4906, and its own
+    slope at 2.1148 and -0.0879.
     """
-    return input.elementwise(-0.11252612238946257, 1.088498161251728)
+    return input.elementwise(
+        -0.11252612238946257,
+        1.088498161251728,
+        curvature=(-0.05903335695393630, 0.6442046372369725),
+    )
 
 
 by_attributes(mish, nn.Mish)
@@ -182,25 +210,28 @@ by_attributes(hardswish, nn.Hardswish)
     torch.sin, torch.sin_, "sin", "sin_", torch.cos, torch.cos_, "cos", "cos_"
 )  # fmt: skip
 def sine(input: Signal) -> Signal:
-    """The slope is a sine or cosine."""
-    return input.elementwise(-1.0, 1.0)
+    """The slope is a sine or cosine, and its slope, too."""
+    return input.elementwise(-1.0, 1.0, curvature=_both(1.0))
 
 
 @lipschitz_rule(torch.sinc, torch.sinc_, torch.special.sinc, "sinc", "sinc_")
 def sinc(input: Signal) -> Signal:
     """``sin(pi x) / (pi x)`` has the odd slope ``pi (cos z - sin(z) / z) / z``, ``z = pi x``.
 
-    It is extreme at ``x = 0.66259`` and its mirror image.
+    It is extreme at ``x = 0.66259`` and its mirror image. As the mean of ``cos(pi x t)`` over
+    ``0 < t < 1`` the function has second derivatives of at most ``pi^2 / 3``.
     """
-    return input.elementwise(-1.3703055927694596, 1.3703055927694596)
+    return input.elementwise(
+        -1.3703055927694596, 1.3703055927694596, curvature=_both(3.2898681336964530)
+    )
 
 
 @lipschitz_rule(
     torch.atan, torch.atan_, torch.arctan, torch.arctan_, "atan", "atan_", "arctan", "arctan_"
 )  # fmt: skip
 def atan(input: Signal) -> Signal:
-    """The slope ``1 / (1 + x^2)`` is at most 1."""
-    return input.elementwise(0.0, 1.0)
+    """The slope ``1 / (1 + x^2)`` is at most 1, its own at most ``3 sqrt(3) / 8``."""
+    return input.elementwise(0.0, 1.0, curvature=_both(0.6495190528383290))
 
 
 @lipschitz_rule(
@@ -208,23 +239,28 @@ def atan(input: Signal) -> Signal:
     "arcsinh_",
 )  # fmt: skip
 def asinh(input: Signal) -> Signal:
-    """The slope ``1 / sqrt(1 + x^2)`` is at most 1."""
-    return input.elementwise(0.0, 1.0)
+    """The slope ``1 / sqrt(1 + x^2)`` is at most 1, its own at most ``2 / (3 sqrt(3))``."""
+    return input.elementwise(0.0, 1.0, curvature=_both(0.3849001794597506))
 
 
 @lipschitz_rule(torch.erf, torch.erf_, torch.special.erf, "erf", "erf_")
 def erf(input: Signal) -> Signal:
-    """The slope ``2 exp(-x^2) / sqrt(pi)`` is largest at 0."""
-    return input.elementwise(0.0, 1.1283791670955128)
+    """The slope ``2 exp(-x^2) / sqrt(pi)`` is largest at 0, its own at ``1 / sqrt(2)``."""
+    return input.elementwise(0.0, 1.1283791670955128, curvature=_both(0.9678828980765735))
 
 
 @lipschitz_rule(torch.erfc, torch.erfc_, torch.special.erfc, "erfc", "erfc_")
 def erfc(input: Signal) -> Signal:
     """``1 - erf(x)``."""
-    return input.elementwise(-1.1283791670955128, 0.0)
+    return input.elementwise(-1.1283791670955128, 0.0, curvature=_both(0.9678828980765735))
 
 
 @lipschitz_rule(torch.special.ndtr)
 def ndtr(input: Signal) -> Signal:
-    """The normal distribution's slope ``exp(-x^2 / 2) / sqrt(2 pi)`` is largest at 0."""
-    return input.elementwise(0.0, 0.3989422804014327)
+    """The normal slope ``exp(-x^2 / 2) / sqrt(2 pi)`` is largest at 0, its own slope at -1."""
+    return input.elementwise(0.0, 0.3989422804014327, curvature=_both(0.2419707245191434))
+
+
+def _both(curvature: float) -> tuple[float, float]:
+    """The ends of an odd second derivative."""
+    return -curvature, curvature

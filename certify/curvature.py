@@ -1,0 +1,229 @@
+r"""Bounds of the second derivatives of all differences of logits, at every input.
+
+The Hessian of ``f = logit_y - logit_t`` is a sum over the activations ``phi_I`` of the network,
+
+    ``Hess f (x) = sum_I J_I^T diag(s_I phi_I'') J_I``,
+
+with the Jacobian ``J_I`` of what enters the activation and the derivative ``s_I`` of ``f`` with
+respect to what leaves it (for any graph of affine maps and functions of each entry, by the chain
+rule). Let ``n_I >= max(0, -s_I phi_I'')`` hold entry by entry at every input. Then
+``Hess f >= -sum_I J_I^T diag(n_I) J_I``, and the norm of a term is at most each of
+
+* ``||diag(n_I)^(1/2) J_I||^2``, where ``J_I`` ends in an affine map ``A`` by
+  ``||diag(n_I)^(1/2) A||^2 Lip(what enters A)^2``, or sees the layers before it as well
+  (`certify.bounding`); with one hidden layer it is the matrix inequality of Singla, Feizi;
+* ``max(n_I) ||J_I||^2``, their bound for deep networks;
+* ``||n_I||_2 ||J_I||_(2 to inf) ||J_I||``, since ``sum_j n_j u_j v_j <= ||n|| max|u_j| ||v||``: what
+  the composition rule ``Lip(D(g f)) <= Lip(Dg) Lip(f)^2 + Lip(g) Lip(Df)`` gives, unrolled.
+
+The smallest is taken for each activation. The same with ``max(0, s_I phi_I'')`` bounds the Hessian
+from above, which is the bound from below for ``logit_t - logit_y``. Where the gradient has kinks
+(ELU), all this is about the difference quotients of the gradient.
+
+References:
+    S. Singla, S. Feizi, Second-Order Provable Defenses against Adversarial Attacks, ICML 2020,
+    theorems 3 and 4. T. Entesari, S. Sharifi, M. Fazlyab, Compositional Curvature Bounds for Deep
+    Neural Networks, ICML 2024, theorem 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from certify.bounding import Bounding, Norms
+from certify.linear_maps import LinearMap, linear_map, norms
+from certify.operators import Convolution, Matrix, Scale, Weighted, may_scale, scaled
+from certify.sensitivity import (
+    Sensitivity,
+    check_twice_differentiable,
+    pulled_back,
+    seeds,
+)
+from certify.signal import Affine, Signal, Slopes
+from certify.tightening import NetworkBound
+from ff_bounds.rounding import product_bound, round_up, sum_bound
+
+WeightedNorms = Callable[[Weighted, Tensor], Tensor]
+"""From an operator ``A`` and roots ``a (k, channels)`` to norms ``(k,)`` of ``diag(a) A``."""
+
+_LARGEST_BATCH = 2**24
+"""Entries of the largest tensor while pairs of classes go back through the network."""
+
+_MOST_PAIRS = 200
+"""Ordered pairs of classes up to which each has weighted norms of its own."""
+
+
+class SecondOrder:
+    """The second derivatives of a network's logit differences.
+
+    Args:
+        bounding: the network, without scales between its layers.
+        norms: of its operators, proven or estimated.
+        values: Lipschitz bounds of its tensors, from the same norms.
+
+    Raises:
+        UnsupportedModel: an activation without a bounded second derivative.
+    """
+
+    def __init__(self, bounding: Bounding, norms: Norms, values: Mapping[Signal, Tensor]) -> None:
+        check_twice_differentiable(bounding.order)
+        self.bounding = bounding
+        self._norms = norms
+        self._values = values
+        self.classes = bounding.output.shape[1]
+        self._maps: dict[Signal, LinearMap] = {}
+        self._operator_norms: dict[Signal, Tensor] = {}
+        for signal in bounding.order:
+            if isinstance(signal.step, Affine):
+                operator = bounding.operator(signal)
+                self._operator_norms[signal] = (
+                    operator.bound() if isinstance(operator, Scale) else norms(operator)
+                )
+                found = linear_map(operator, signal.parents[0].shape[1:], signal.shape[1:])
+                if found is not None:
+                    self._maps[signal] = found
+
+    def curvature(self, weighted: WeightedNorms) -> Tensor:
+        """Bounds ``K (C, C)``: ``Hess(logit_y - logit_t) >= -K[y, t]`` at every input.
+
+        Args:
+            weighted: norms of operators with weighted rows, as ``norms`` measures those without.
+
+        Returns:
+            float64, zero on the diagonal. ``K[t, y]`` bounds the same Hessian from above.
+        """
+        device = self.bounding.output.input.device
+        first, second = torch.triu_indices(self.classes, self.classes, 1, device=device)
+        largest = max(math.prod(signal.shape[1:]) for signal in self.bounding.order)
+        most = max(1, _LARGEST_BATCH // largest)
+        activations: dict[Signal, list[tuple[Tensor, Tensor]]] = {}
+        for y, t in zip(first.split(most), second.split(most), strict=True):
+            found = pulled_back(
+                self.bounding.order, seeds(y, t, self.classes), self._maps, self._operator_norms
+            )
+            for signal, sensitivity in found.items():
+                activations.setdefault(signal, []).append(_pulls(signal, sensitivity))
+        zero = torch.zeros(len(first), dtype=torch.float64, device=device)
+        lower = upper = zero
+        for signal, parts in activations.items():
+            down, up = (torch.cat(side) for side in zip(*parts, strict=True))
+            term = self._term(signal, torch.cat([down, up]), weighted)
+            lower = sum_bound(lower, term[: len(first)])
+            upper = sum_bound(upper, term[len(first) :])
+        result = zero.new_zeros(self.classes, self.classes)
+        result = result.index_put((first, second), lower)
+        return result.index_put((second, first), upper)
+
+    def _term(self, signal: Signal, pull: Tensor, weighted: WeightedNorms) -> Tensor:
+        """Bound one activation's term for weights ``n_I (k, *shape)``; ``(k,)``."""
+        before = signal.parents[0]
+        lipschitz = self._values[before]
+        flat = pull.flatten(1) if pull.ndim > 1 else pull[:, None]
+        size = norms(flat, 1)
+        bound = product_bound(flat.amax(dim=1), product_bound(lipschitz, lipschitz))
+        operator = None if not isinstance(before.step, Affine) else self.bounding.operator(before)
+        if operator is None or isinstance(operator, Scale):
+            return torch.minimum(bound, product_bound(size, product_bound(lipschitz, lipschitz)))
+        row = self.bounding.measured(before, self._values, self._norms, self._largest_row)
+        bound = torch.minimum(bound, product_bound(size, product_bound(row, lipschitz)))
+        if pull.ndim == 1 or not before.node:
+            return bound
+        roots = _by_channel(pull, operator)
+        measured = self.bounding.measured(
+            before, self._values, self._norms, lambda a: weighted(a, roots)
+        )
+        return torch.minimum(bound, product_bound(measured, measured))
+
+    def _largest_row(self, operator: Weighted) -> Tensor:
+        return torch.minimum(largest_row(operator), self._norms(operator))
+
+
+def _pulls(signal: Signal, found: Sensitivity) -> tuple[Tensor, Tensor]:
+    """Bounds of ``max(0, -s phi'')`` and ``max(0, s phi'')``, entry by entry."""
+    step = signal.step
+    assert isinstance(step, Slopes)
+    least, most = step.curvature or (0.0, 0.0)
+    low, high = found.ends()
+    negative, positive = (-low).clamp_min(0.0), high.clamp_min(0.0)
+    down = torch.maximum(negative * most, positive * -least)
+    up = torch.maximum(positive * most, negative * -least)
+    return _paid(down), _paid(up)
+
+
+def _paid(pull: Tensor) -> Tensor:
+    """A product of two numbers of at least zero, rounded up; zero stays zero."""
+    return torch.where(pull > 0, round_up(pull, 1) + 2.0**-1000, pull)
+
+
+def _by_channel(pull: Tensor, operator: Weighted) -> Tensor:
+    """Roots ``(k, rows)`` of the largest weight that each row can meet."""
+    if isinstance(operator, Matrix):
+        largest = pull.flatten(1, -2).amax(dim=1) if pull.ndim > 2 else pull
+    else:
+        largest = pull.flatten(2).amax(dim=2)
+    positive = largest > 0
+    root = round_up(largest.where(positive, 1.0).sqrt(), 1)
+    return root.where(positive, 0.0)
+
+
+def largest_row(operator: Weighted) -> Tensor:
+    """Proven upper bound of the L2 norm of each row of a map, the largest of all."""
+    weight = operator.effective_weight().to(torch.float64)
+    if isinstance(operator, Convolution):
+        if operator.padding_mode != "zeros":
+            return torch.full_like(operator.norm_error(), torch.inf)
+        if operator.adjoint:
+            weight = weight.reshape(operator.groups, -1, *weight.shape[1:])
+            weight = weight.transpose(1, 2).flatten(0, 1)
+    rows = norms(weight.flatten(1), 1)
+    return sum_bound(rows.amax(), operator.norm_error())
+
+
+def with_rows(operator: Weighted, factors: Tensor) -> Weighted | None:
+    """``diag(factors) A``, or ``None`` where that is not safe from underflow."""
+    if not may_scale(operator, factors):
+        return None
+    if isinstance(operator, Convolution) and operator.adjoint:
+        return scaled(operator, None, factors, 0)
+    return scaled(operator, factors, None, 0)
+
+
+def proven_weighted_norms(method: str) -> WeightedNorms:
+    """Prove norms of operators with weighted rows; ``method`` as in `ff_bounds.conv_bound`."""
+
+    def prove(operator: Weighted, factors: Tensor) -> Tensor:
+        if len(factors) > _MOST_PAIRS:
+            return prove(operator, factors.amax(dim=0, keepdim=True)).expand(len(factors))
+        found: list[Tensor] = []
+        for row in factors:
+            weighted = with_rows(operator, row)
+            if not bool(row.any()):
+                found.append(row.new_zeros(()))
+            elif weighted is None or not bool(weighted.effective_weight().isfinite().all()):
+                found.append(row.new_full((), torch.inf))
+            else:
+                found.append(weighted.bound(method))
+        return torch.stack(found)
+
+    return prove
+
+
+def curvature_bound(bound: NetworkBound, method: str) -> Tensor:
+    """Proven bounds ``(C, C)`` of the second derivatives of all differences of logits.
+
+    Claim: ``K[y, t] |u|^2 + u^T Hess(logit_y - logit_t)(x) u >= 0`` for all ``x`` and ``u``, all
+    rounding of the bound included.
+
+    Args:
+        bound: the network's Lipschitz bounds, without scales between its layers.
+        method: how convolutions are bounded, see `ff_bounds.conv_bound`.
+
+    Raises:
+        UnsupportedModel: an activation without a bounded second derivative.
+    """
+    second = SecondOrder(bound.bounding, bound.norms, bound.values)
+    return second.curvature(proven_weighted_norms(method))
