@@ -97,10 +97,21 @@ def main() -> None:
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--lr", default=3e-3, show_default=True)
 @click.option(
-    "--loss", default="margin", show_default=True, type=click.Choice(["margin", "cross-entropy"])
+    "--loss",
+    default="margin",
+    show_default=True,
+    type=click.Choice(["margin", "cross-entropy", "dual", "crt"]),
+    help="dual and crt are for smooth networks.",
+)
+@click.option("--eps", type=Epsilon(), default=0.5, show_default=True, help="Budget of the loss.")
+@click.option(
+    "--temperature", default=1.0, show_default=True, help="Divides the margins of --loss dual."
 )
 @click.option(
-    "--eps", type=Epsilon(), default=0.5, show_default=True, help="Budget of the margin loss."
+    "--attack-classes", default=2, show_default=True, help="Other classes that dual attacks."
+)
+@click.option(
+    "--attack-steps", default=2, show_default=True, help="Gradients for each attack point."
 )
 @click.option(
     "--lipschitz-penalty", default=0.0, metavar="BETA", help="Weight of the sum of layer norms."
@@ -110,6 +121,19 @@ def main() -> None:
     default=0.0,
     metavar="LAMBDA",
     help="Weight of the log of the network's Lipschitz constant.",
+)
+@click.option(
+    "--curvature-penalty",
+    default=0.0,
+    metavar="GAMMA",
+    help="Weight of the curvature bound of label against runner-up.",
+)
+@click.option(
+    "--precision",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of the network's products in training.",
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", metavar="DIR", help="Default: runs/DATASET-MODEL.")
@@ -207,8 +231,8 @@ def _describe(metrics: Any) -> str:
     "--certificate",
     default="lipschitz",
     show_default=True,
-    type=click.Choice(["lipschitz", "local"]),
-    help="local: what ReLUs can do near each image; never worse, and slower.",
+    type=click.Choice(["lipschitz", "local", "curvature", "dual", "best"]),
+    help="local: for ReLU; curvature, dual: for smooth networks; best: the largest radius.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @click.option("--batch-size", default=500, show_default=True, type=click.IntRange(min=1))

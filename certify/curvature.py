@@ -13,7 +13,7 @@ rule). Let ``n_I >= max(0, -s_I phi_I'')`` hold entry by entry at every input. T
   ``||diag(n_I)^(1/2) A||^2 Lip(what enters A)^2``, or sees the layers before it as well
   (`certify.bounding`); with one hidden layer it is the matrix inequality of Singla, Feizi;
 * ``max(n_I) ||J_I||^2``, their bound for deep networks;
-* ``||n_I||_2 ||J_I||_(2 to inf) ||J_I||``, since ``sum_j n_j u_j v_j <= ||n|| max|u_j| ||v||``: what
+* ``||n_I||_2 ||J_I||_(2 to inf) ||J_I||``, as ``sum_j n_j u_j v_j <= ||n|| max|u| ||v||``: what
   the composition rule ``Lip(D(g f)) <= Lip(Dg) Lip(f)^2 + Lip(g) Lip(Df)`` gives, unrolled.
 
 The smallest is taken for each activation. The same with ``max(0, s_I phi_I'')`` bounds the Hessian

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -81,20 +82,26 @@ class NetworkEstimate:
 
     Attributes:
         layers: ``(layers,)`` estimated norms of the affine layers, in order of execution.
+        bounding: the network.
+        norms: the estimate of each of its operators.
     """
 
     layers: Tensor
-    _bounding: Bounding
-    _norms: Norms
+    bounding: Bounding
+    norms: Norms
+
+    @cached_property
+    def values(self) -> dict[Signal, Tensor]:
+        """Estimated Lipschitz constant of each tensor."""
+        return self.bounding.evaluate(self.norms)
 
     def lipschitz(self) -> Tensor:
         """Estimate the Lipschitz constant of the network."""
-        return self._bounding.evaluate(self._norms)[self._bounding.output]
+        return self.values[self.bounding.output]
 
     def margin_lipschitz(self) -> Tensor:
         """Estimate `margin_lipschitz`."""
-        values = self._bounding.evaluate(self._norms)
-        return margin_lipschitz(self._bounding, values, self._norms)
+        return margin_lipschitz(self.bounding, self.values, self.norms)
 
 
 class NetworkEstimator(nn.Module):

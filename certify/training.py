@@ -9,11 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from certify.curvature_estimate import CurvatureEstimator
 from certify.data import Augmentation, ImageData, pixels
+from certify.dual_training import dual_points, worst_logits
 from certify.losses import LOSSES
 from certify.norms import NetworkEstimator
 from certify.signal import UnsupportedModel
+
+SECOND_ORDER_LOSSES = ("dual", "crt")
+"""Losses that need bounds of second derivatives."""
+
+ALL_LOSSES = (*LOSSES, *SECOND_ORDER_LOSSES)
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 - the name says what happened
@@ -29,12 +39,20 @@ class TrainingConfig:
         batch_size: images per step.
         lr: peak learning rate of Adam; it warms up over a tenth of the steps and falls to zero
             along a cosine.
-        loss: ``"margin"`` (uses ``epsilon`` and the network's Lipschitz constants) or
+        loss: ``"margin"`` (uses ``epsilon`` and the network's Lipschitz constants), ``"dual"``
+            (``epsilon`` and its second derivatives, see `certify.dual_training`), ``"crt"``
+            (cross-entropy at the dual attack point, for use beside ``curvature_penalty``) or
             ``"cross-entropy"``.
-        epsilon: L2 budget of the margin loss, in units of pixels in [0, 1]; it grows from zero
-            over the first half of the training.
+        epsilon: L2 budget of the loss, in units of pixels in [0, 1]; it grows from zero over the
+            first half of the training.
+        temperature: what the margins of ``"dual"`` are divided by.
+        attack_classes: for how many other classes of each image ``"dual"`` has attack points.
+        attack_steps: gradients for each of them.
         lipschitz_penalty: weight of the sum of the layers' norms (Singla & Feizi 2021).
         log_lipschitz_penalty: weight of the logarithm of the network's Lipschitz constant.
+        curvature_penalty: weight of the curvature bound of label against runner-up.
+        precision: ``"bfloat16"`` to let the network's products be computed in that, which is
+            several times faster where the machine has instructions for it.
         seed: of the weights, the order of images, the augmentation and the power iteration.
     """
 
@@ -43,20 +61,42 @@ class TrainingConfig:
     lr: float = 2e-3
     loss: str = "margin"
     epsilon: float = 0.5
+    temperature: float = 1.0
+    attack_classes: int = 2
+    attack_steps: int = 2
     lipschitz_penalty: float = 0.0
     log_lipschitz_penalty: float = 0.0
+    curvature_penalty: float = 0.0
+    precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError("expected at least one epoch and one image per batch")
-        if self.loss not in LOSSES:
-            raise ValueError(f"expected loss to be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if not self.lr > 0:
-            raise ValueError(f"expected lr > 0, got {self.lr}")
-        for name in ("epsilon", "lipschitz_penalty", "log_lipschitz_penalty"):
+        if self.loss not in ALL_LOSSES:
+            known = ", ".join(ALL_LOSSES)
+            raise ValueError(f"expected loss to be one of {known}, got {self.loss!r}")
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise ValueError(f"expected precision to be one of {known}, got {self.precision!r}")
+        if min(self.attack_classes, self.attack_steps) < 1:
+            raise ValueError("expected at least one class to attack and one step")
+        for name in ("lr", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
+        for name in (
+            "epsilon",
+            "lipschitz_penalty",
+            "log_lipschitz_penalty",
+            "curvature_penalty",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+
+    @property
+    def needs_curvature(self) -> bool:
+        """Whether second derivatives have to be estimated."""
+        return self.loss in SECOND_ORDER_LOSSES or self.curvature_penalty > 0
 
 
 @dataclass(frozen=True)
@@ -108,8 +148,11 @@ class Trainer:
         _check_logits(model, pixels(self._images[:1]), self._labels)
         self._optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
         self._generator = torch.Generator().manual_seed(config.seed)
-        with torch.no_grad():
-            self._estimator(iterations=30)  # from a random start to a usable estimate
+        self._curvature = CurvatureEstimator(config.seed) if config.needs_curvature else None
+        with torch.no_grad():  # from a random start to usable estimates
+            estimate = self._estimator(iterations=30)
+            if self._curvature is not None:
+                self._curvature(estimate, iterations=30)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -151,17 +194,28 @@ class Trainer:
         x, labels = pixels(self._images[chosen]), self._labels[chosen]
         for augmentation in self._augment:
             x = augmentation(x, self._generator)
-        logits = self.model(x)
+        x.requires_grad_(config.loss in SECOND_ORDER_LOSSES)
+        logits = self._logits(x)
         if not isinstance(logits, Tensor):
             raise UnsupportedModel("in training mode, too, the model must return one tensor")
         estimate = self._estimator()
-        bounds = estimate.margin_lipschitz()
+        curvature = None if self._curvature is None else self._curvature(estimate)
+        if config.loss in LOSSES:
+            bounds = estimate.margin_lipschitz()
+            loss = LOSSES[config.loss](logits, labels, bounds, epsilon)
+            worst = logits + config.epsilon * bounds.to(logits.dtype)[labels]
+        else:
+            assert curvature is not None
+            worst, loss = self._second_order(x, logits, labels, curvature, epsilon)
         lipschitz = estimate.lipschitz()
-        loss = LOSSES[config.loss](logits, labels, bounds, epsilon)
         if config.lipschitz_penalty:
             loss = loss + config.lipschitz_penalty * estimate.layers.sum()
         if config.log_lipschitz_penalty:
             loss = loss + config.log_lipschitz_penalty * lipschitz.log()
+        if config.curvature_penalty and curvature is not None:
+            own = F.one_hot(labels, logits.shape[1]).bool()
+            runner_up = logits.detach().masked_fill(own, -torch.inf).argmax(dim=1)
+            loss = loss + config.curvature_penalty * curvature[labels, runner_up].mean()
         if not bool(torch.isfinite(loss)):
             raise TrainingDiverged(
                 f"the loss became {loss.item()} in epoch {self.epoch + 1}; try a smaller --lr"
@@ -172,8 +226,7 @@ class Trainer:
 
         with torch.no_grad():
             right = logits.argmax(dim=1) == labels
-            raised = logits + config.epsilon * bounds.to(logits.dtype)[labels]
-            safe = right & (raised.argmax(dim=1) == labels)
+            safe = right & (worst.argmax(dim=1) == labels)
             return (
                 loss.item(),
                 right.double().mean().item(),
@@ -181,12 +234,43 @@ class Trainer:
                 lipschitz.item(),
             )
 
+    def _logits(self, x: Tensor) -> Any:
+        """The network's result, in float32 whatever it is computed in."""
+        if self.config.precision == "float32":
+            return self.model(x)
+        with torch.autocast(self._device.type, torch.bfloat16):
+            logits = self.model(x)
+        return logits.float() if isinstance(logits, Tensor) else logits
+
+    def _second_order(
+        self, x: Tensor, logits: Tensor, labels: Tensor, curvature: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the worst logits that are certified, and the loss."""
+        config = self.config
+        classes = min(config.attack_classes, logits.shape[1] - 1) if config.loss == "dual" else 1
+        found = dual_points(
+            self._logits,
+            x,
+            logits,
+            labels,
+            curvature,
+            epsilon,
+            classes=classes,
+            steps=config.attack_steps,
+        )
+        if config.loss == "crt":
+            attacked = self._logits(found.points[:, 0])
+            return attacked, F.cross_entropy(attacked, labels)
+        worst = worst_logits(self._logits, x, logits, labels, curvature, epsilon, found)
+        return worst, F.cross_entropy(worst / config.temperature, labels)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on as if nothing had happened."""
         return {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
             "estimator": self._estimator.state_dict(),
+            "curvature": None if self._curvature is None else self._curvature.get_extra_state(),
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
             "torch_generator": torch.get_rng_state(),
@@ -196,6 +280,8 @@ class Trainer:
         """Continue a run from what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self._estimator.load_state_dict(state["estimator"])
+        if self._curvature is not None:
+            self._curvature.set_extra_state(state["curvature"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_generator"])
