@@ -10,18 +10,16 @@ from torch import Tensor, nn
 
 from certify.certificates import Certificate, check_certificate, largest_of
 from certify.certificates import certificate as certified_by_margins
-from certify.curvature import curvature_bound
-from certify.dual import STEPS, DualResult, dual_bounds
+from certify.dual import STEPS, DualResult, attack_distances, margins_of
 from certify.folding import copy_with_plain_weights, refuse_other_results
 from certify.graph import LipschitzGraph
-from certify.linear_maps import norms
+from certify.head import smooth_head
 from certify.local_network import LocalNetwork
 from certify.local_radius import local_certificate
 from certify.norms import check_method
-from certify.second_order import second_order_radius
-from certify.sensitivity import check_twice_differentiable
 from certify.signal import Signal, UnsupportedModel
-from certify.tightening import NetworkBound, bound_network
+from certify.smooth_radii import SmoothRadii
+from certify.tightening import bound_network
 from certify.tracing import refuse_what_tracing_misses
 
 
@@ -120,29 +118,28 @@ class CertifiedModel:
         return {s: nodes[s.node] for s in self.local.activations() if s.node in nodes}
 
     @cached_property
-    def _unscaled(self) -> NetworkBound:
-        """Bounds without scales between the layers, which further bounds could not use."""
-        scaled = self._tighten == "balance"
-        return bound_network(self._output, self.method, "join") if scaled else self._bound
-
-    @cached_property
     def local(self) -> LocalNetwork:
         """The network as local bounds see it."""
-        return LocalNetwork(self._unscaled)
+        scaled = self._tighten == "balance"  # whose bounds are of scaled tensors
+        bound = bound_network(self._output, self.method, "join") if scaled else self._bound
+        return LocalNetwork(bound)
 
     @cached_property
-    def _curvature(self) -> Tensor:
-        return curvature_bound(self._unscaled, self.method)
+    def _smooth(self) -> SmoothRadii:
+        head = smooth_head(self._graph, self._output, self.method, self._tighten)
+        return SmoothRadii(head, self.method)
 
     def curvature(self) -> Tensor:
         """Proven bounds ``K (C, C)`` of second derivatives, float64; see `curvature_bound`.
 
-        ``Hess(logit_y - logit_t) >= -K[y, t]`` at every input, hence ``<= K[t, y]``.
+        ``Hess(logit_y - logit_t) >= -K[y, t]`` everywhere, hence ``<= K[t, y]``. Where only the
+        last layers are smooth, it is about them, as functions of their inputs.
 
         Raises:
-            UnsupportedModel: an activation whose second derivative is not bounded, as ReLU.
+            UnsupportedModel: no smooth activation behind those whose second derivative is not
+                bounded, as that of ReLU.
         """
-        return _proven(self._curvature)
+        return _proven(self._smooth.curvature)
 
     def applicable(self) -> tuple[str, ...]:
         """The certificates that this network has, from cheap to dear, without ``"best"``."""
@@ -150,7 +147,7 @@ class CertifiedModel:
         if self.local.activations():
             found.append("local")
         try:
-            check_twice_differentiable(self._unscaled.bounding.order)
+            _ = self._smooth
         except UnsupportedModel:
             return tuple(found)
         return (*found, "curvature", "dual")
@@ -176,17 +173,17 @@ class CertifiedModel:
         check_certificate(certificate)
         if certificate == "best":
             return largest_of([self.certify(x, one) for one in self.applicable()])[0]
-        if certificate == "dual":
-            bounds = self.dual(x)
-            return Certificate(bounds.prediction, bounds.lower.amin(dim=1))
         with torch.no_grad():
             logits = self._logits_within(x)
-            margins = self.margin_lipschitz()
             if certificate == "lipschitz":
-                return certified_by_margins(logits, margins)
+                return certified_by_margins(logits, self.margin_lipschitz())
             if certificate == "local":
+                margins = self.margin_lipschitz()
                 return local_certificate(self.local, self.arguments(x), logits, margins)
-            return self._by_curvature(x, logits, margins)
+            x = x.to(self._device, torch.float64)
+            if certificate == "curvature":
+                return self._smooth.by_curvature(x, logits)
+            return self._smooth.dual(x, logits).certificate()
 
     def dual(self, x: Tensor, *, steps: int = STEPS, early_exit: bool = True) -> DualResult:
         """Bound the distances to all other classes from both sides; see `certify.dual`.
@@ -199,56 +196,27 @@ class CertifiedModel:
         Raises:
             ValueError, UnsupportedModel: as `certify`.
         """
-        curvature = self.curvature()
-        return self._dual(x, curvature, steps, early_exit)
-
-    def attack(self, x: Tensor, *, steps: int = 30) -> DualResult:
-        """Look for nearest points of other classes, by the steps of `dual` without their limit.
-
-        Nothing is proven; ``upper`` are distances at which the prediction was seen to change.
-        """
-        return self._dual(x, None, steps, early_exit=False)
-
-    def _dual(
-        self, x: Tensor, curvature: Tensor | None, steps: int, early_exit: bool
-    ) -> DualResult:
         with torch.no_grad():
-            return dual_bounds(
-                self._margins,
-                x.to(self._device, torch.float64),
-                self._logits_within(x),
-                curvature,
-                steps=steps,
-                early_exit=early_exit,
-            )
+            logits = self._logits_within(x)
+            x = x.to(self._device, torch.float64)
+            return self._smooth.dual(x, logits, steps=steps, early_exit=early_exit)
 
-    def _margins(self, x: Tensor, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """Differences of two logits at inputs, and their gradients."""
-        with torch.enable_grad():
-            x = x.detach().clone().requires_grad_()
-            logits: Tensor = self._model(x.clone())
-            found = logits.gather(1, own[:, None]) - logits.gather(1, other[:, None])
-            (gradient,) = torch.autograd.grad(found.sum(), x)
-        return found[:, 0].detach(), gradient
+    def attack(self, x: Tensor, *, steps: int = 30) -> Tensor:
+        """Look for the nearest points of other classes; see `certify.dual.attack_distances`.
 
-    def _by_curvature(self, x: Tensor, logits: Tensor, margins: Tensor) -> Certificate:
-        prediction = logits.argmax(dim=1)
-        curvature = self.curvature()
-        x = x.to(self._device, torch.float64)
-        top = logits.gather(1, prediction[:, None])
-        radius = torch.full_like(logits, torch.inf)
-        for other in range(self.num_classes):
-            classes = torch.full_like(prediction, other)
-            _, gradient = self._margins(x, prediction, classes)
-            radius[:, other] = second_order_radius(
-                top[:, 0] - logits[:, other],
-                norms(gradient.flatten(1), 1),
-                curvature[prediction, other],
-                margins[prediction, other],
-            )
-        radius.scatter_(1, prediction[:, None], torch.inf)
-        sound = torch.isfinite(logits).all(dim=1)
-        return Certificate(prediction, torch.where(sound, radius.amin(dim=1), 0.0))
+        Args:
+            x: the inputs ``(N, *input_shape)``.
+            steps: forward-backward passes for each class.
+
+        Returns:
+            ``(N,)`` float64, distances at which the prediction was seen to change, or infinity.
+            Nothing is proven by them.
+        """
+        with torch.no_grad():
+            logits = self._logits_within(x)
+            x = x.to(self._device, torch.float64)
+            found = attack_distances(margins_of(self._model), x, logits, steps=steps)
+        return found.amin(dim=1)
 
     def _logits_within(self, x: Tensor) -> Tensor:
         if self.domain is not None and not _within(x, self.domain):

@@ -37,13 +37,8 @@ from torch import Tensor
 from certify.bounding import Bounding, Norms
 from certify.linear_maps import LinearMap, linear_map, norms
 from certify.operators import Convolution, Matrix, Scale, Weighted, may_scale, scaled
-from certify.sensitivity import (
-    Sensitivity,
-    check_twice_differentiable,
-    pulled_back,
-    seeds,
-)
-from certify.signal import Affine, Signal, Slopes
+from certify.sensitivity import Sensitivity, is_twice_differentiable, pulled_back, seeds
+from certify.signal import Affine, Signal, Slopes, UnsupportedModel
 from certify.tightening import NetworkBound
 from ff_bounds.rounding import product_bound, round_up, sum_bound
 
@@ -70,7 +65,12 @@ class SecondOrder:
     """
 
     def __init__(self, bounding: Bounding, norms: Norms, values: Mapping[Signal, Tensor]) -> None:
-        check_twice_differentiable(bounding.order)
+        for signal in bounding.order:
+            if not is_twice_differentiable(signal):
+                raise UnsupportedModel(
+                    f"no curvature bound for {signal.name!r}: it is not affine, and no bound of "
+                    "its second derivative is known; use softplus, sigmoid, tanh, ELU or GELU"
+                )
         self.bounding = bounding
         self._norms = norms
         self._values = values

@@ -32,8 +32,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from certify.certificates import Certificate
 from ff_bounds.rounding import UNIT_ROUNDOFF, gamma
 
 Margins = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -44,6 +45,11 @@ STEPS = 11
 
 _NEAR = 0.98
 """How near ``eta K`` comes to one in the iteration; the proof may go nearer."""
+
+_RAY = (1.0, 1.001, 1.02, 1.2, 2.0)
+"""Where the attack looks on the ray through its last point."""
+
+_HALVINGS = 8
 
 _SOLVED = 1e-4
 """Relative gap between certificate and attack below which a class is left alone."""
@@ -64,6 +70,24 @@ class DualResult:
     lower: Tensor
     upper: Tensor
     passes: int
+
+    def certificate(self) -> Certificate:
+        """Certify by the smallest radius."""
+        return Certificate(self.prediction, self.lower.amin(dim=1))
+
+
+def margins_of(model: nn.Module) -> Margins:
+    """Differences of two logits of a network, and their gradients."""
+
+    def margins(x: Tensor, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
+            logits: Tensor = model(x.clone())  # it may begin with an operation in place
+            found = logits.gather(1, own[:, None]) - logits.gather(1, other[:, None])
+            (gradient,) = torch.autograd.grad(found.sum(), x)
+        return found[:, 0].detach(), gradient
+
+    return margins
 
 
 def proven_radius(
@@ -111,7 +135,7 @@ def dual_bounds(
     margins: Margins,
     x: Tensor,
     logits: Tensor,
-    curvature: Tensor | None,
+    curvature: Tensor,
     *,
     steps: int = STEPS,
     early_exit: bool = True,
@@ -123,14 +147,12 @@ def dual_bounds(
         margins: differences of logits and their gradients.
         x: ``(N, ...)`` float64.
         logits: ``(N, C)`` at ``x``.
-        curvature: ``(C, C)``, see `certify.curvature.curvature_bound`; ``None`` to attack only,
-            with steps that nothing limits.
+        curvature: ``(C, C)``, see `certify.curvature.curvature_bound`.
         steps: most forward-backward passes for each class.
         early_exit: stop with a class that cannot be the nearest, as its proven radius is above a
             distance at which another class was seen; the smallest radius stays the same.
         batch: points in one pass at most.
     """
-    classes = logits.shape[1]
     prediction = logits.argmax(dim=1)
     top = logits.gather(1, prediction[:, None])
     lower = torch.where(top > logits, 0.0, -torch.inf).to(logits)
@@ -138,8 +160,7 @@ def dual_bounds(
     upper = torch.full_like(lower, torch.inf)
     sample, other = torch.nonzero(lower == 0.0, as_tuple=True)
     lower.clamp_(min=0.0)
-    limits = torch.zeros(classes, classes).to(logits) if curvature is None else curvature
-    state = _Points.start(x, sample, prediction[sample], other, limits)
+    state = _Points.start(x, sample, prediction[sample], other, curvature)
     passes = 0
     for _ in range(steps):
         if not len(state.sample):
@@ -147,8 +168,6 @@ def dual_bounds(
         passes += len(state.sample)
         state.step(margins, batch)
         where = (state.sample, state.other)
-        if curvature is None:
-            state.lower.zero_()
         lower[where] = state.lower
         upper[where] = state.upper
         done = state.lower >= (1.0 - _SOLVED) * state.upper
@@ -157,6 +176,46 @@ def dual_bounds(
             done |= state.lower >= nearest[state.sample]
         state = state.chosen(~done)
     return DualResult(prediction, lower, upper, passes)
+
+
+def attack_distances(
+    margins: Margins, x: Tensor, logits: Tensor, *, steps: int = 30, batch: int = 1024
+) -> Tensor:
+    """Distances ``(N, C)`` at which a point of another class was seen, or infinity.
+
+    The steps of `dual_bounds` without a limit; then the ray through the last point is searched for
+    the nearest place where the other class wins. Arguments are as for `dual_bounds`.
+    """
+    prediction = logits.argmax(dim=1)
+    sample, other = torch.nonzero(
+        torch.arange(logits.shape[1], device=x.device) != prediction[:, None], as_tuple=True
+    )
+    limits = torch.zeros(logits.shape[1], logits.shape[1]).to(logits)
+    state = _Points.start(x, sample, prediction[sample], other, limits)
+    for _ in range(steps):
+        state.step(margins, batch)
+    start = x[sample].flatten(1)
+    way = state.u - start
+    length = way.norm(dim=1)
+
+    def seen(factor: Tensor) -> Tensor:
+        points = (start + factor[:, None] * way).reshape(-1, *x.shape[1:])
+        parts = zip(points.split(batch), state.own.split(batch), other.split(batch), strict=True)
+        return torch.cat([margins(*part)[0] for part in parts]) <= 0
+
+    far = torch.full_like(length, torch.inf)
+    for factor in _RAY:
+        found = seen(torch.full_like(length, factor)) & torch.isfinite(length)
+        far = torch.where(found, far.clamp_max(factor), far)
+    near = torch.zeros_like(far)
+    for _ in range(_HALVINGS):
+        middle = torch.where(torch.isfinite(far), (near + far) / 2.0, 0.0)
+        found = seen(middle) & torch.isfinite(far)
+        far, near = torch.where(found, middle, far), torch.where(found, near, middle)
+    distance = torch.minimum(state.upper, torch.where(far < torch.inf, far * length, torch.inf))
+    result = torch.full_like(logits, torch.inf)
+    result[sample, other] = distance
+    return torch.where(logits >= logits.gather(1, prediction[:, None]), torch.inf, result)
 
 
 @dataclass

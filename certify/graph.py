@@ -79,6 +79,8 @@ class LipschitzGraph:
             shapes = check_against_module(root, graph, example)
             self._recorder = _Recorder(root, graph)
             limits = None if domain is None else (float(domain[0]), float(domain[1]))
+            self.input_shape = tuple(input_shape)
+            self.domain = limits
             centres = None if limits is None else self._centres(example[:1], limits)
             start = Input(self.device, limits)
             self._walker = _Walker(root, graph, shapes, centres, start)
@@ -108,6 +110,40 @@ class LipschitzGraph:
         """
         return _Arguments(self._walker.module, self._walker.graph, self._walker.sources).note(x)
 
+    def split(self, node: str) -> tuple[nn.Module, nn.Module]:
+        """Cut the network at a tensor that all paths go through.
+
+        Args:
+            node: its `Signal.node`.
+
+        Returns:
+            The network up to that tensor, and from there on.
+
+        Both are for gradients: nothing in them is detached.
+
+        Raises:
+            UnsupportedModel: what is behind the tensor uses others as well, such as a size.
+        """
+        root, whole = self._walker.module, self._walker.graph
+        where = next((n for n in whole.nodes if n.name == node), None)
+        if where is None:
+            raise UnsupportedModel(f"node {node!r} is one of several results")
+        before, after = fx.Graph(), fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        for n in whole.nodes:
+            copied[n] = _attached(before, n, copied)
+            if n is where:
+                break
+        before.output(copied[where])
+        needed = _needed(whole, where)
+        copied = {where: after.placeholder("features")}
+        for n in whole.nodes:
+            if n in needed:
+                if n.op == "placeholder":
+                    raise UnsupportedModel("the last layers use the network's input as well")
+                copied[n] = _attached(after, n, copied)
+        return fx.GraphModule(root, before), fx.GraphModule(root, after)
+
     def _centres(self, like: Tensor, domain: tuple[float, float]) -> dict[str, tuple[float, float]]:
         """Norms and largest entries of all tensors at the centre of the domain."""
         with torch.no_grad():
@@ -117,6 +153,25 @@ class LipschitzGraph:
             for node, tensor in tensors.items()
             if tensor.is_floating_point() and tensor.numel()
         }
+
+
+def _attached(graph: fx.Graph, n: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Copy a node into a graph, except for one that cuts gradients off."""
+    if n.op == "call_method" and n.target == "detach":
+        return copied[n.all_input_nodes[0]]
+    return graph.node_copy(n, copied.__getitem__)
+
+
+def _needed(graph: fx.Graph, start: fx.Node) -> set[fx.Node]:
+    """The nodes that the output is computed from, up to one where that ends."""
+    found: set[fx.Node] = set()
+    stack = [n for n in graph.nodes if n.op == "output"]
+    while stack:
+        n = stack.pop()
+        if n not in found and n is not start:
+            found.add(n)
+            stack += n.all_input_nodes
+    return found
 
 
 class _Recorder(fx.Interpreter):

@@ -26,7 +26,6 @@ from certify.signal import (
     Signal,
     Slopes,
     Sum,
-    UnsupportedModel,
 )
 from ff_bounds.rounding import UNIT_ROUNDOFF, product_bound, round_up
 
@@ -209,23 +208,11 @@ def _widened(piece: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return centre, round_up(radius + 4.0 * UNIT_ROUNDOFF * centre.abs(), 2)
 
 
-def check_twice_differentiable(order: Sequence[Signal]) -> None:
-    """Refuse a network whose gradient is not Lipschitz, or not known to be.
-
-    Raises:
-        UnsupportedModel: naming the step and what to do.
-    """
-    for signal in order:
-        step = signal.step
-        if isinstance(step, Slopes) and step.low != step.high and step.curvature is None:
-            raise UnsupportedModel(
-                f"no curvature bound for {signal.name!r}: its slope jumps, or the bound of its "
-                "second derivative is not known; use softplus, sigmoid, tanh, ELU, GELU or SiLU"
-            )
-        if isinstance(step, Lipschitz) and not (step.linear or step.constant == 0):
-            raise UnsupportedModel(
-                f"no curvature bound for {signal.name!r}, which is not affine and not a smooth "
-                "function of each entry"
-            )
-        if not isinstance(step, (Slopes, Lipschitz, Affine, Flatten, Sum, Concatenation, Input)):
-            raise UnsupportedModel(f"no curvature bound for {signal.name!r}: a product")
+def is_twice_differentiable(signal: Signal) -> bool:
+    """Whether a step is affine, or smooth with a known bound of its second derivative."""
+    step = signal.step
+    if isinstance(step, Slopes):
+        return step.curvature is not None or step.low == step.high
+    if isinstance(step, Lipschitz):
+        return step.linear
+    return isinstance(step, (Affine, Flatten, Sum, Concatenation, Input))

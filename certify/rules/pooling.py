@@ -202,13 +202,14 @@ def _power_pooling(axes: int, module: type, function: object) -> None:
         With ``p`` even it is a norm below ``(K / c)^(1 / p)`` times the L2 norm, and ``K / c`` is
         a product over the axes. So the square of the constant is at most the sum of
         ``(K / c)^(2 / p)`` over the windows that a pixel is in; that pixel alone attains it at
-        zero. With ``p = 1`` it is a signed sum.
+        zero. With ``p = 1`` it is a signed sum, whose gradient torch takes for zero at zero: it is
+        not marked as linear.
         """
         check_axes(input, axes)
         kernel, steps, padded = _options(axes, kernel_size, stride, 0)
         if norm_type == 1:
             constant = _averages(input, kernel, steps, padded, ceil_mode)
-            return input.scaled(constant * math.prod(kernel) * _UP, channelwise=True, linear=True)
+            return input.scaled(constant * math.prod(kernel) * _UP, channelwise=True)
         if norm_type not in range(2, 17, 2):
             raise UnsupportedModel(
                 f"pooling with norm_type={norm_type}; expected 1 or an even number up to 16: roots "

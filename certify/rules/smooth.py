@@ -121,11 +121,14 @@ def celu(input: Signal, alpha: float = 1.0, inplace: bool = False) -> Signal:
     """``alpha (exp(x / alpha) - 1)`` below zero: slopes between 0 and 1 for positive alpha.
 
     With a negative one the slope is not bounded. The limits keep torch's ``1 / alpha`` from
-    overflow. The slope ``exp(x / alpha)`` has a slope of at most ``1 / alpha``.
+    overflow. The slope ``exp(x / alpha)`` has a slope of at most ``1 / alpha``; torch's gradient
+    takes both numbers in float32, so that they have to be such.
     """
     if not 1e-300 < number(alpha) < 1e300:
         raise UnsupportedModel(f"CELU with alpha={alpha}; expected a positive number")
-    return input.elementwise(0.0, 1.0, curvature=(0.0, math.nextafter(1.0 / alpha, math.inf)))
+    inverse = 1.0 / alpha
+    exact = all(torch.tensor(n, dtype=torch.float32).item() == n for n in (alpha, inverse))
+    return input.elementwise(0.0, 1.0, curvature=(0.0, _up(inverse)) if exact else None)
 
 
 by_attributes(celu, nn.CELU, attributes="alpha")
@@ -222,7 +225,7 @@ def sinc(input: Signal) -> Signal:
     ``0 < t < 1`` the function has second derivatives of at most ``pi^2 / 3``.
     """
     return input.elementwise(
-        -1.3703055927694596, 1.3703055927694596, curvature=_both(3.2898681336964530)
+        -1.3703055927694596, 1.3703055927694596, curvature=_both(3.2898681336964533)
     )
 
 
@@ -264,3 +267,7 @@ def ndtr(input: Signal) -> Signal:
 def _both(curvature: float) -> tuple[float, float]:
     """The ends of an odd second derivative."""
     return -curvature, curvature
+
+
+def _up(number: float) -> float:
+    return math.nextafter(number, math.inf)
