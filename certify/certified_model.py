@@ -8,9 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from certify.attack import attack_distances, broken
 from certify.certificates import Certificate, check_certificate, largest_of
 from certify.certificates import certificate as certified_by_margins
-from certify.dual import STEPS, DualResult, attack_distances, margins_of
+from certify.dual import STEPS, DualResult, Margins, margins_of
 from certify.folding import copy_with_plain_weights, refuse_other_results
 from certify.graph import LipschitzGraph
 from certify.head import smooth_head
@@ -202,7 +203,7 @@ class CertifiedModel:
             return self._smooth.dual(x, logits, steps=steps, early_exit=early_exit)
 
     def attack(self, x: Tensor, *, steps: int = 30) -> Tensor:
-        """Look for the nearest points of other classes; see `certify.dual.attack_distances`.
+        """Look for the nearest points of other classes; see `certify.attack`.
 
         Args:
             x: the inputs ``(N, *input_shape)``.
@@ -215,8 +216,22 @@ class CertifiedModel:
         with torch.no_grad():
             logits = self._logits_within(x)
             x = x.to(self._device, torch.float64)
-            found = attack_distances(margins_of(self._model), x, logits, steps=steps)
-        return found.amin(dim=1)
+            return attack_distances(self._margins, x, logits, steps=steps).amin(dim=1)
+
+    def broken(self, x: Tensor, radius: Tensor, *, steps: int = 20) -> Tensor:
+        """Try to change predictions within radii ``(N,)``; see `certify.attack.broken`.
+
+        Returns:
+            ``(N,)`` bool, whether that succeeded.
+        """
+        with torch.no_grad():
+            logits = self._logits_within(x)
+            x = x.to(self._device, torch.float64)
+            return broken(self._margins, x, logits, radius, steps=steps)
+
+    @cached_property
+    def _margins(self) -> Margins:
+        return margins_of(self._graph.split(self._output.node)[0])
 
     def _logits_within(self, x: Tensor) -> Tensor:
         if self.domain is not None and not _within(x, self.domain):

@@ -234,6 +234,7 @@ def _describe(metrics: Any) -> str:
     type=click.Choice(["lipschitz", "local", "curvature", "dual", "best"]),
     help="local: for ReLU; curvature, dual: for smooth networks; best: the largest radius.",
 )
+@click.option("--attack", is_flag=True, help="Attack every image as well.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @click.option("--batch-size", default=500, show_default=True, type=click.IntRange(min=1))
 @click.option("--csv", "csv_path", metavar="FILE", help="Write a row per image.")
@@ -249,6 +250,7 @@ def evaluate(
     method: str,
     tighten: str,
     certificate: str,
+    attack: bool,
     limit: int | None,
     batch_size: int,
     csv_path: str | None,
@@ -291,6 +293,7 @@ def evaluate(
                 eps,
                 batch_size=batch_size,
                 certificate=certificate,
+                attack=attack,
                 on_batch=bar.update,
             )
         click.echo(report.to_table())

@@ -46,11 +46,6 @@ STEPS = 11
 _NEAR = 0.98
 """How near ``eta K`` comes to one in the iteration; the proof may go nearer."""
 
-_RAY = (1.0, 1.001, 1.02, 1.2, 2.0)
-"""Where the attack looks on the ray through its last point."""
-
-_HALVINGS = 8
-
 _SOLVED = 1e-4
 """Relative gap between certificate and attack below which a class is left alone."""
 
@@ -160,7 +155,7 @@ def dual_bounds(
     upper = torch.full_like(lower, torch.inf)
     sample, other = torch.nonzero(lower == 0.0, as_tuple=True)
     lower.clamp_(min=0.0)
-    state = _Points.start(x, sample, prediction[sample], other, curvature)
+    state = Iteration.start(x, sample, prediction[sample], other, curvature)
     passes = 0
     for _ in range(steps):
         if not len(state.sample):
@@ -178,48 +173,8 @@ def dual_bounds(
     return DualResult(prediction, lower, upper, passes)
 
 
-def attack_distances(
-    margins: Margins, x: Tensor, logits: Tensor, *, steps: int = 30, batch: int = 1024
-) -> Tensor:
-    """Distances ``(N, C)`` at which a point of another class was seen, or infinity.
-
-    The steps of `dual_bounds` without a limit; then the ray through the last point is searched for
-    the nearest place where the other class wins. Arguments are as for `dual_bounds`.
-    """
-    prediction = logits.argmax(dim=1)
-    sample, other = torch.nonzero(
-        torch.arange(logits.shape[1], device=x.device) != prediction[:, None], as_tuple=True
-    )
-    limits = torch.zeros(logits.shape[1], logits.shape[1]).to(logits)
-    state = _Points.start(x, sample, prediction[sample], other, limits)
-    for _ in range(steps):
-        state.step(margins, batch)
-    start = x[sample].flatten(1)
-    way = state.u - start
-    length = way.norm(dim=1)
-
-    def seen(factor: Tensor) -> Tensor:
-        points = (start + factor[:, None] * way).reshape(-1, *x.shape[1:])
-        parts = zip(points.split(batch), state.own.split(batch), other.split(batch), strict=True)
-        return torch.cat([margins(*part)[0] for part in parts]) <= 0
-
-    far = torch.full_like(length, torch.inf)
-    for factor in _RAY:
-        found = seen(torch.full_like(length, factor)) & torch.isfinite(length)
-        far = torch.where(found, far.clamp_max(factor), far)
-    near = torch.zeros_like(far)
-    for _ in range(_HALVINGS):
-        middle = torch.where(torch.isfinite(far), (near + far) / 2.0, 0.0)
-        found = seen(middle) & torch.isfinite(far)
-        far, near = torch.where(found, middle, far), torch.where(found, near, middle)
-    distance = torch.minimum(state.upper, torch.where(far < torch.inf, far * length, torch.inf))
-    result = torch.full_like(logits, torch.inf)
-    result[sample, other] = distance
-    return torch.where(logits >= logits.gather(1, prediction[:, None]), torch.inf, result)
-
-
 @dataclass
-class _Points:
+class Iteration:
     """Pairs of a sample and another class, each with the point where its iteration is."""
 
     x: Tensor
@@ -234,10 +189,13 @@ class _Points:
     residual: Tensor
 
     @staticmethod
-    def start(x: Tensor, sample: Tensor, own: Tensor, other: Tensor, curvature: Tensor) -> _Points:
+    def start(
+        x: Tensor, sample: Tensor, own: Tensor, other: Tensor, curvature: Tensor
+    ) -> Iteration:
+        """Begin at the samples themselves; see `dual_bounds` for ``curvature``."""
         zero = x.new_zeros(len(sample))
         ones = torch.ones_like(zero)
-        return _Points(
+        return Iteration(
             x,
             sample,
             own,
@@ -250,11 +208,12 @@ class _Points:
             torch.full_like(zero, torch.inf),
         )
 
-    def chosen(self, which: Tensor) -> _Points:
+    def chosen(self, which: Tensor) -> Iteration:
+        """Some of the pairs."""
         if bool(which.all()):
             return self
         names = [name for name in self.__dataclass_fields__ if name != "x"]
-        return _Points(self.x, **{name: getattr(self, name)[which] for name in names})
+        return Iteration(self.x, **{name: getattr(self, name)[which] for name in names})
 
     def step(self, margins: Margins, batch: int) -> None:
         """Evaluate all points, prove what they prove and move them."""

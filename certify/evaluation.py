@@ -7,16 +7,18 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from certify.certificates import Certificate, check_certificate
+from certify.certificates import Certificate, check_certificate, largest_of
 from certify.certified_model import CertifiedModel
 from certify.data import ImageData, pixels
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,10 @@ class Report:
         lipschitz: proven Lipschitz bound of the network, input to logits.
         certificate: kind of certificate.
         seconds: time for all logits, bounds and radii.
-        globally: ``(N,)`` radii by global bounds, where ``certificate`` is another.
+        radii: ``(N,)`` by each kind that was asked for, and by Lipschitz constants.
+        costs: seconds that each kind took, bounds of the network left out, over those of logits.
+        passes: forward-backward passes for each image of the dual certificate.
+        attack: what attacks found, if they were tried.
     """
 
     labels: Tensor
@@ -39,7 +44,10 @@ class Report:
     lipschitz: float
     certificate: str
     seconds: float
-    globally: Tensor | None = None
+    radii: Mapping[str, Tensor] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)
+    passes: float | None = None
+    attack: Attacked | None = None
 
     @property
     def n(self) -> int:
@@ -65,11 +73,32 @@ class Report:
     @property
     def gains(self) -> Tensor | None:
         """What each right prediction with a radius gained over the global bounds, relatively."""
-        if self.globally is None:
+        if self.certificate == "lipschitz" or "lipschitz" not in self.radii:
             return None
-        counts = (self.found.prediction == self.labels) & (self.globally > 0)
-        counts &= torch.isfinite(self.globally)
-        return self.found.radius[counts] / self.globally[counts] - 1.0
+        before = self.radii["lipschitz"]
+        counts = (self.found.prediction == self.labels) & (before > 0) & torch.isfinite(before)
+        return self.found.radius[counts] / before[counts] - 1.0
+
+    def certified_by(self, certificate: str) -> dict[float, float]:
+        """As `certified_accuracy`, by one kind of certificate."""
+        found = Certificate(self.found.prediction, self.radii[certificate])
+        return {e: _mean(found.certified(self.labels, e)) for e in self.epsilons}
+
+    @property
+    def won(self) -> dict[str, int]:
+        """How many images have their largest radius by each kind, the cheapest of equal ones."""
+        names = list(self.radii)
+        best = torch.stack([self.radii[name] for name in names]).argmax(dim=0)
+        positive = self.found.radius > 0
+        return {name: int(((best == i) & positive).sum()) for i, name in enumerate(names)}
+
+    @property
+    def attacked_accuracy(self) -> dict[float, float]:
+        """Fraction of images that are right and that no attack within each budget changed."""
+        if self.attack is None:
+            return {}
+        right = self.found.prediction == self.labels
+        return {e: _mean(right & self.attack.withstood[e]) for e in self.epsilons}
 
     def to_json(self) -> str:
         """Return the summary as JSON; budgets are keys, an infinite number is null."""
@@ -85,6 +114,19 @@ class Report:
         if self.gains is not None:
             summary["gained"] = int((self.gains > 0).sum())
             summary["median_gain"] = _median(self.gains)
+            by_lipschitz = self.certified_by("lipschitz")
+            summary["certified_by_lipschitz"] = {repr(e): a for e, a in by_lipschitz.items()}
+        if self.certificate == "best":
+            summary["won"] = self.won
+        if self.costs:
+            summary["cost_over_logits"] = dict(self.costs)
+        if self.passes is not None:
+            summary["passes_per_image"] = self.passes
+        if self.attack is not None:
+            summary["attacked_accuracy"] = {repr(e): a for e, a in self.attacked_accuracy.items()}
+            summary["solved_exactly"] = self.attack.solved(self.found.radius)
+            summary["median_gap"] = finite(self.attack.median_gap(self.found.radius))
+            summary["broken_within_radius"] = self.attack.broken
         return json.dumps(summary, indent=2, allow_nan=False) + "\n"
 
     def to_csv(self) -> str:
@@ -101,23 +143,99 @@ class Report:
 
     def to_table(self) -> str:
         """Return the summary for people."""
-        rows = [("images", f"{self.n:,}"), ("clean accuracy", _percent(self.clean_accuracy))]
+        accuracies = [self.certified_accuracy]
+        head = ["", self.certificate]
+        if self.gains is not None:
+            accuracies.append(self.certified_by("lipschitz"))
+            head.append("lipschitz")
+        if self.attack is not None:
+            accuracies.append(self.attacked_accuracy)
+            head.append("attacked")
+        rows: list[Sequence[str]] = [
+            ("images", f"{self.n:,}"),
+            ("clean accuracy", _percent(self.clean_accuracy)),
+        ]
+        if len(head) > 2:
+            rows.append(head)
         rows += [
-            (f"certified at {epsilon_name(e)}", _percent(a))
-            for e, a in self.certified_accuracy.items()
+            (f"certified at {epsilon_name(e)}", *(_percent(column[e]) for column in accuracies))
+            for e in self.epsilons
         ]
         rows += [
             ("median radius", f"{self.median_radius:.3f}"),
             ("Lipschitz constant", f"{self.lipschitz:.4g}"),
             ("certificate", self.certificate),
         ]
+        if self.certificate == "best":
+            rows += [(f"largest by {name}", f"{n:,}") for name, n in self.won.items()]
         if self.gains is not None:
             rows += [
                 ("images that gained", f"{int((self.gains > 0).sum()):,}"),
                 ("median gain", _percent(_median(self.gains))),
             ]
+        if self.attack is not None:
+            radius = self.found.radius
+            rows += [
+                ("solved exactly", _percent(self.attack.solved(radius))),
+                ("median gap to attack", _percent(self.attack.median_gap(radius))),
+                ("broken within radius", f"{self.attack.broken:,}"),
+            ]
+        rows += [(f"{name} / logits", f"{cost:,.1f} x") for name, cost in self.costs.items()]
+        if self.passes is not None:
+            rows.append(("passes per image", f"{self.passes:.1f}"))
         rows.append(("images/s", f"{self.n / max(self.seconds, 1e-9):,.0f}"))
-        return "\n".join(f"{name:<22}{value:>12}" for name, value in rows)
+        return "\n".join(
+            f"{name:<22}" + "".join(f"{value:>12}" for value in values) for name, *values in rows
+        )
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What attacks found.
+
+    Attributes:
+        distance: ``(N,)`` at which another class was seen, or infinity.
+        withstood: for each budget, ``(N,)`` whether no attack within it succeeded.
+        broken: images whose prediction was changed within their certified radius. Any is a defect
+            of the certificate.
+    """
+
+    distance: Tensor
+    withstood: Mapping[float, Tensor]
+    broken: int
+
+    def solved(self, radius: Tensor) -> float:
+        """Fraction of images whose radius is within 0.1 % of an attack's distance."""
+        return _mean(radius >= (1.0 - 1e-3) * self.distance)
+
+    def median_gap(self, radius: Tensor) -> float:
+        """Median of ``1 - radius / distance``."""
+        return (1.0 - radius / self.distance).median().item()
+
+
+def _attacked(
+    certified: CertifiedModel, images: Tensor, radius: Tensor, epsilons: Sequence[float], size: int
+) -> Attacked:
+    """Attack every image at its radius and at each budget."""
+    distances, hits = [], []
+    withstood: dict[float, list[Tensor]] = {epsilon: [] for epsilon in epsilons}
+    for batch, own in zip(images.split(size), radius.split(size), strict=True):
+        x, own = pixels(batch), own.to(certified.margin_lipschitz().device)
+        distance = certified.attack(x)
+        for epsilon in epsilons:
+            # Where either certificate or attack has decided already nothing is tried.
+            still = (own <= epsilon) & (distance > epsilon)
+            hit = certified.broken(x, torch.where(still, epsilon, 0.0))
+            distance = torch.where(hit, distance.clamp_max(epsilon), distance)
+            withstood[epsilon].append((distance > epsilon) | (epsilon == 0))
+        inside = torch.where(torch.isfinite(own), own, 0.0)
+        hits.append(certified.broken(x, inside) | (distance < own))
+        distances.append(distance)
+    return Attacked(
+        torch.cat(distances).cpu(),
+        {epsilon: torch.cat(parts).cpu() for epsilon, parts in withstood.items()},
+        int(torch.cat(hits).sum()),
+    )
 
 
 def evaluate(
@@ -127,6 +245,7 @@ def evaluate(
     *,
     batch_size: int = 500,
     certificate: str = "lipschitz",
+    attack: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Report:
     """Certify every image of ``data``.
@@ -137,6 +256,7 @@ def evaluate(
         epsilons: L2 budgets, in units of pixels in [0, 1].
         batch_size: images per forward pass.
         certificate: as in `CertifiedModel.certify`.
+        attack: also attack every image; see `certify.attack`.
         on_batch: called with the number of images done, after each batch.
 
     Raises:
@@ -160,22 +280,58 @@ def evaluate(
     check_certificate(certificate)
     start = time.perf_counter()
     lipschitz = certified.lipschitz().item()
-    parts: list[Certificate] = []
-    globally: list[Tensor] = []
+    kinds = certified.applicable() if certificate == "best" else (certificate,)
+    kinds = tuple(dict.fromkeys(("lipschitz", *kinds)))
+    if certificate != "lipschitz":
+        certified.certify(pixels(data.images[:1]), certificate)  # what is once for all inputs
+    parts: dict[str, list[Certificate]] = {kind: [] for kind in kinds}
+    times = dict.fromkeys(("logits", *kinds), 0.0)
+    passes = 0
     for batch in data.images.split(batch_size):
-        parts.append(certified.certify(pixels(batch), certificate))
-        if certificate != "lipschitz":
-            globally.append(certified.certify(pixels(batch)).radius)
+        x = pixels(batch)
+        times["logits"] += _timed(certified.logits, x)[1]
+        for kind in kinds:
+            if kind == "dual":
+                bounds, seconds = _timed(certified.dual, x)
+                passes += bounds.passes
+                one = bounds.certificate()
+            else:
+                one, seconds = _timed(certified.certify, x, kind)
+            parts[kind].append(one)
+            times[kind] += seconds
         if on_batch is not None:
             on_batch(len(batch))
-    found = Certificate(
+    whole = {kind: _joined(found) for kind, found in parts.items()}
+    chosen = [whole[kind] for kind in kinds] if certificate == "best" else [whole[certificate]]
+    found, _ = largest_of(chosen)
+    seconds = time.perf_counter() - start
+    asked = kinds if certificate == "best" else (certificate,)
+    return Report(
+        data.labels,
+        found,
+        tuple(epsilons),
+        lipschitz,
+        certificate,
+        seconds,
+        radii={kind: one.radius for kind, one in whole.items()},
+        costs={kind: times[kind] / max(times["logits"], 1e-9) for kind in asked},
+        passes=passes / len(data) if "dual" in kinds else None,
+        attack=_attacked(certified, data.images, found.radius, epsilons, batch_size)
+        if attack
+        else None,
+    )
+
+
+def _timed(call: Callable[..., _Result], *arguments: Any) -> tuple[_Result, float]:
+    start = time.perf_counter()
+    result = call(*arguments)
+    return result, time.perf_counter() - start
+
+
+def _joined(parts: Sequence[Certificate]) -> Certificate:
+    return Certificate(
         torch.cat([part.prediction for part in parts]).cpu(),
         torch.cat([part.radius for part in parts]).cpu(),
-    )
-    seconds = time.perf_counter() - start
-    before = torch.cat(globally).cpu() if globally else None
-    return Report(
-        data.labels, found, tuple(epsilons), lipschitz, certificate, seconds, globally=before
     )
 
 

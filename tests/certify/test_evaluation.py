@@ -49,14 +49,14 @@ def test_json_is_standard_and_complete() -> None:
 
 def test_gains_are_about_right_predictions_with_a_radius() -> None:
     globally = torch.tensor([0.2, math.inf, 1.0], dtype=torch.float64)
-    report = dataclasses.replace(example(), certificate="local", globally=globally)
+    report = dataclasses.replace(example(), certificate="local", radii={"lipschitz": globally})
     summary = json.loads(report.to_json(), parse_constant=pytest.fail)
     assert summary["certificate"] == "local"
     assert (summary["gained"], summary["median_gain"]) == (1, pytest.approx(0.25))
     assert "median gain" in report.to_table()
     assert "25.00 %" in report.to_table()
     assert "gain" not in example().to_table()
-    nothing = dataclasses.replace(report, globally=torch.zeros(3, dtype=torch.float64))
+    nothing = dataclasses.replace(report, radii={"lipschitz": torch.zeros(3, dtype=torch.float64)})
     assert json.loads(nothing.to_json())["median_gain"] == 0.0
 
 
