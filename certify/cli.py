@@ -105,6 +105,9 @@ def main() -> None:
 )
 @click.option("--eps", type=Epsilon(), default=0.5, show_default=True, help="Budget of the loss.")
 @click.option(
+    "--ramp", default=0.5, show_default=True, help="Part of the training in which --eps grows."
+)
+@click.option(
     "--temperature", default=1.0, show_default=True, help="Divides the margins of --loss dual."
 )
 @click.option(
@@ -135,6 +138,7 @@ def main() -> None:
     type=click.Choice(["float32", "bfloat16"]),
     help="Of the network's products in training.",
 )
+@click.option("--hold-out", default=0, metavar="N", help="Leave out the last N training images.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", metavar="DIR", help="Default: runs/DATASET-MODEL.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
@@ -236,6 +240,12 @@ def _describe(metrics: Any) -> str:
 )
 @click.option("--attack", is_flag=True, help="Attack every image as well.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
+@click.option(
+    "--held-out",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="The last N training images in place of the test images.",
+)
 @click.option("--batch-size", default=500, show_default=True, type=click.IntRange(min=1))
 @click.option("--csv", "csv_path", metavar="FILE", help="Write a row per image.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the summary.")
@@ -252,6 +262,7 @@ def evaluate(
     certificate: str,
     attack: bool,
     limit: int | None,
+    held_out: int | None,
     batch_size: int,
     csv_path: str | None,
     json_path: str | None,
@@ -275,7 +286,8 @@ def evaluate(
         dataset = dataset or network.dataset
         if dataset is None:
             raise InputError("pass --dataset: only a ckpt.pt of certify train names its own")
-        click.echo(f"certifying {network.description} on the test images of {dataset}")
+        images = "test images" if held_out is None else f"last {held_out:,} training images"
+        click.echo(f"certifying {network.description} on the {images} of {dataset}")
         certified = CertifiedModel(
             network.model.to(choose_device(device)),
             network.input_shape,
@@ -284,8 +296,14 @@ def evaluate(
             domain=domain,
         )
         data = load(
-            dataset, train=False, data_dir=data_dir or network.data_dir, download=download
-        ).head(limit)
+            dataset,
+            train=held_out is not None,
+            data_dir=data_dir or network.data_dir,
+            download=download,
+        )
+        if held_out is not None:
+            _, data = data.split(held_out)
+        data = data.head(limit)
         with tqdm(total=len(data), unit="image", disable=None, leave=False) as bar:
             report = certify_data(
                 certified,
@@ -304,7 +322,7 @@ def evaluate(
         if plot_path:
             from certify.plots import plot_certified_accuracy
 
-            title = f"{network.name} on {dataset}: {report.n:,} test images"
+            title = f"{network.name} on {dataset}: {report.n:,} images"
             plot_certified_accuracy(report, plot_path, title)
         for path in filter(None, (csv_path, json_path, plot_path)):
             click.echo(f"wrote {path}")

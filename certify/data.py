@@ -45,6 +45,18 @@ class ImageData:
         """Return the first ``limit`` images, or all."""
         return ImageData(self.images[:limit], self.labels[:limit], self.classes)
 
+    def split(self, last: int) -> tuple[ImageData, ImageData]:
+        """Return all but the last so many images, and these.
+
+        Raises:
+            ValueError: nothing would be left.
+        """
+        if not 0 <= last < len(self):
+            raise ValueError(f"cannot hold out {last} of {len(self)} images")
+        rest = len(self) - last
+        tail = ImageData(self.images[rest:], self.labels[rest:], self.classes)
+        return self.head(rest), tail
+
 
 def pixels(images: Tensor) -> Tensor:
     """uint8 images as float32 in [0, 1], the units of every radius."""

@@ -87,6 +87,7 @@ def run_training(
         raise ValueError(f"{path} exists; choose another --out, or --resume or --overwrite it")
     device = choose_device(config.device)
     data = load(config.dataset, train=True, data_dir=config.data_dir, download=download)
+    data, _ = data.split(config.training.hold_out)
     torch.manual_seed(config.training.seed)
     hyperparameters = architectures.keywords(
         config.model,

@@ -43,8 +43,8 @@ class TrainingConfig:
             (``epsilon`` and its second derivatives, see `certify.dual_training`), ``"crt"``
             (cross-entropy at the dual attack point, for use beside ``curvature_penalty``) or
             ``"cross-entropy"``.
-        epsilon: L2 budget of the loss, in units of pixels in [0, 1]; it grows from zero over the
-            first half of the training.
+        epsilon: L2 budget of the loss, in units of pixels in [0, 1].
+        ramp: fraction of the training over which the budget grows from zero.
         temperature: what the margins of ``"dual"`` are divided by.
         attack_classes: for how many other classes of each image ``"dual"`` has attack points.
         attack_steps: gradients for each of them.
@@ -53,6 +53,7 @@ class TrainingConfig:
         curvature_penalty: weight of the curvature bound of label against runner-up.
         precision: ``"bfloat16"`` to let the network's products be computed in that, which is
             several times faster where the machine has instructions for it.
+        hold_out: so many of the last training images are left out, to choose settings on.
         seed: of the weights, the order of images, the augmentation and the power iteration.
     """
 
@@ -61,6 +62,7 @@ class TrainingConfig:
     lr: float = 2e-3
     loss: str = "margin"
     epsilon: float = 0.5
+    ramp: float = 0.5
     temperature: float = 1.0
     attack_classes: int = 2
     attack_steps: int = 2
@@ -68,6 +70,7 @@ class TrainingConfig:
     log_lipschitz_penalty: float = 0.0
     curvature_penalty: float = 0.0
     precision: str = "float32"
+    hold_out: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,6 +84,8 @@ class TrainingConfig:
             raise ValueError(f"expected precision to be one of {known}, got {self.precision!r}")
         if min(self.attack_classes, self.attack_steps) < 1:
             raise ValueError("expected at least one class to attack and one step")
+        if not 0 <= self.ramp <= 1:
+            raise ValueError(f"expected ramp between 0 and 1, got {self.ramp}")
         for name in ("lr", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
@@ -189,7 +194,7 @@ class Trainer:
         config = self.config
         for group in self._optimizer.param_groups:
             group["lr"] = config.lr * _learning_rate(done)
-        epsilon = config.epsilon * min(1.0, 2.0 * done)
+        epsilon = config.epsilon * (min(1.0, done / config.ramp) if config.ramp else 1.0)
 
         x, labels = pixels(self._images[chosen]), self._labels[chosen]
         for augmentation in self._augment:

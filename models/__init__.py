@@ -13,13 +13,18 @@ from typing import Any
 from torch import nn
 
 from models.activations import ACTIVATIONS, MaxMin, make_activation
-from models.convnets import conv_2c2f, conv_4c3f
+from models.convnets import conv_2c2f, conv_4c3f, convnet
 from models.mlp import mlp
 from models.normalize import Normalize
 from models.resnet import BasicBlock, resnet, resnet18
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
+    **{
+        f"{depth}x1024": partial(mlp, hidden=(1024,) * (depth - 1), activation="softplus")
+        for depth in (2, 3, 4)
+    },
+    **{f"conv{depth}": partial(convnet, depth=depth) for depth in (2, 3, 4)},
     "2c2f": conv_2c2f,
     "4c3f": conv_4c3f,
     "resnet18": resnet18,
@@ -46,8 +51,8 @@ def build(name: str, **hyperparameters: Any) -> nn.Module:
         >>> build("resnet17")
         Traceback (most recent call last):
         ...
-        ValueError: expected model to be one of mlp, 2c2f, 4c3f, resnet18, resnet20, resnet32, \
-resnet56, got 'resnet17'
+        ValueError: expected model to be one of mlp, 2x1024, 3x1024, 4x1024, conv2, conv3, conv4, \
+2c2f, 4c3f, resnet18, resnet20, resnet32, resnet56, got 'resnet17'
     """
     if name not in MODELS:
         raise ValueError(f"expected model to be one of {', '.join(MODELS)}, got {name!r}")
@@ -69,6 +74,7 @@ __all__ = [
     "build",
     "conv_2c2f",
     "conv_4c3f",
+    "convnet",
     "make_activation",
     "mlp",
     "resnet",

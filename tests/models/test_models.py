@@ -19,6 +19,7 @@ def count(model: nn.Module) -> int:
     ("name", "parameters"),
     [
         ("mlp", 784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10),
+        ("3x1024", 784 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 10 + 10),
         ("2c2f", 166406),  # as in the papers that use it
         ("4c3f", 1974762),
         ("resnet18", 11689512),  # as torchvision's
@@ -35,7 +36,7 @@ def test_parameter_counts(name: str, parameters: int) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 9, 12)])
 def test_output_shapes(name: str, activation: str, shape: tuple[int, int, int]) -> None:
-    small = {"hidden": (8, 6)} if name == "mlp" else {"width": 2}
+    small = {"hidden": (8, 6)} if name == "mlp" or "1024" in name else {"width": 2}
     statistics = {"mean": (0.5,) * shape[0], "std": (0.25,) * shape[0]}
     model = build(
         name, input_shape=shape, num_classes=7, activation=activation, **small, **statistics
@@ -62,7 +63,7 @@ def test_same_seed_same_model() -> None:
 @pytest.mark.parametrize(
     ("name", "hyperparameters", "reason"),
     [
-        ("resnet17", {}, "one of mlp, 2c2f, 4c3f, resnet18, .* got 'resnet17'"),
+        ("resnet17", {}, "one of mlp, 2x1024, .*, 4c3f, resnet18, .* got 'resnet17'"),
         (
             "mlp",
             {"width": 3, "depth": 2},
