@@ -136,9 +136,12 @@ class LipschitzGraph:
                 break
         before.output(copied[where])
         needed = _needed(whole, where)
-        copied = {where: after.placeholder("features")}
+        features = after.placeholder("features")
+        copied = {where: features}
         for n in whole.nodes:
-            if n in needed:
+            if n in needed and _is_batch_size(n):
+                copied[n] = after.call_method("size", (features, 0))
+            elif n in needed:
                 if n.op == "placeholder":
                     raise UnsupportedModel("the last layers use the network's input as well")
                 copied[n] = _attached(after, n, copied)
@@ -170,8 +173,13 @@ def _needed(graph: fx.Graph, start: fx.Node) -> set[fx.Node]:
         n = stack.pop()
         if n not in found and n is not start:
             found.add(n)
-            stack += n.all_input_nodes
+            stack += [] if _is_batch_size(n) else n.all_input_nodes
     return found
+
+
+def _is_batch_size(n: fx.Node) -> bool:
+    """Whether a node asks for the number of samples, which is that of any tensor."""
+    return n.op == "call_method" and n.target == "size" and n.args[1:] == (0,)
 
 
 class _Recorder(fx.Interpreter):
