@@ -410,6 +410,24 @@ def test_kill_and_resume_gives_the_same_weights(tmp_path: Path) -> None:
         assert torch.equal(value, resumed[name])
 
 
+def test_train_and_eval_by_second_derivatives(tmp_path: Path) -> None:
+    run, summary = tmp_path / "run", tmp_path / "summary.json"
+    smooth = ["--model", "2x1024", "--set", "hidden=[16]", "--loss", "dual", "--eps", 0.5]
+    options = ["--curvature-penalty", 0.01, "--precision", "bfloat16", "--hold-out", 3000]
+    result = invoke("train", *smooth, *options, "--epochs", 2, "--ramp", 0.1, "--out", run)
+    assert result.exit_code == 0, result.output
+    evaluation = ["eval", "--model", run / "ckpt.pt", "--limit", 30, "--eps", 0.2]
+    evaluation += ["--held-out", 3000, "--json", summary]
+    result = invoke(*evaluation, "--certificate", "best", "--attack")
+    assert result.exit_code == 0, result.output
+    assert "last 3,000 training images" in result.output
+    assert json.loads(summary.read_text())["broken_within_radius"] == 0
+    assert_one_line(
+        invoke("train", *smooth, "--hold-out", 4000, "--out", tmp_path), "cannot hold out"
+    )
+    assert_one_line(invoke("train", "--loss", "dual", "--out", tmp_path), "second derivative")
+
+
 # --- certify bound ----------------------------------------------------------------------------
 
 

@@ -138,3 +138,28 @@ def test_no_attack_succeeds_inside_a_certified_radius(run_folder: Path) -> None:
             scale = moved.flatten(1).norm(dim=1)[:, None, None, None] / budget.clamp_min(1e-30)
             delta = moved / scale.clamp_min(1.0)
     assert (closest > 0).all()
+
+
+def test_best_says_which_certificate_won_and_what_attacks_leave() -> None:
+    torch.manual_seed(0)
+    model = models.build("mlp", hidden=(12,), activation="softplus")
+    data = load("mnist-5k", train=False).head(40)
+    certified = CertifiedModel(model, (1, 28, 28))
+    report = evaluate(certified, data, (0.0, 0.1, 0.5), certificate="best", attack=True)
+    assert list(report.radii) == ["lipschitz", "curvature", "dual"]
+    assert sum(report.won.values()) == int((report.found.radius > 0).sum())
+    assert report.won["dual"] + report.won["curvature"] > 30
+    assert report.attack is not None
+    assert report.attack.broken == 0
+    for epsilon, attacked in report.attacked_accuracy.items():
+        assert report.certified_accuracy[epsilon] <= attacked <= report.clean_accuracy
+    assert report.attacked_accuracy[0.0] == report.clean_accuracy
+    assert report.attack.solved(report.found.radius) > 0.5
+    summary = json.loads(report.to_json(), parse_constant=pytest.fail)
+    assert summary["won"] == report.won
+    assert set(summary["cost_over_logits"]) == {"lipschitz", "curvature", "dual"}
+    assert 9 <= summary["passes_per_image"] <= 99
+    assert summary["broken_within_radius"] == 0
+    table = report.to_table()
+    for text in ("lipschitz    attacked", "largest by dual", "solved exactly", "passes per image"):
+        assert text in table
