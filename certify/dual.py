@@ -15,15 +15,18 @@ That is a proof whatever ``u`` is. At ``u = x``, with the best ``eta``, it is th
 `certify.second_order`; where it comes from the exact minimum with ``f(u) = 0``, ``u`` is a nearest
 point of the other class and the certificate equals the attack.
 
-The iteration: ``u`` becomes ``x - eta grad f(u)``, with the ``eta`` for which the linear model of
-``f`` at ``u`` vanishes (as in DeepFool), but no more than ``1 / K`` allows. Each step is one
-forward and one backward pass, and its value and gradient prove a radius by the ``eta`` that is best
-for them, which has a closed form.
+The iteration: ``u`` moves towards ``x - eta grad f(u)``, with the ``eta`` for which the linear
+model of ``f`` at ``u`` vanishes (as in DeepFool), but no more than ``1 / K`` allows; how far it
+moves follows from the last two gradients (Barzilai and Borwein). Each step is one forward and one
+backward pass, and its value and gradient prove a radius by the ``eta`` that is best for them, which
+has a closed form. As ``d(eta) <= |u - x|^2 / 2 + eta f(u)`` for all ``eta < 1 / K``, it also tells
+what radius further steps could prove at most.
 
 References:
     S. Singla, S. Feizi, Second-Order Provable Defenses against Adversarial Attacks, ICML 2020,
     theorem 2 (curvature-based robustness certificate; there without the residual term).
-    S.-M. Moosavi-Dezfooli, A. Fawzi, P. Frossard, DeepFool, CVPR 2016 (the step).
+    S.-M. Moosavi-Dezfooli, A. Fawzi, P. Frossard, DeepFool, CVPR 2016 (the direction).
+    J. Barzilai, J. M. Borwein, Two-point step size gradient methods, IMA J. Numer. Anal. 1988.
 """
 
 from __future__ import annotations
@@ -47,7 +50,10 @@ _NEAR = 0.98
 """How near ``eta K`` comes to one in the iteration; the proof may go nearer."""
 
 _SOLVED = 1e-4
-"""Relative gap between certificate and attack below which a class is left alone."""
+"""Relative gap between what is proven and what could be below which a class is left alone."""
+
+_SHORTEST, _LONGEST = 0.1, 20.0
+"""Limits of a step, over that of the plain iteration."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +150,8 @@ def dual_bounds(
         logits: ``(N, C)`` at ``x``.
         curvature: ``(C, C)``, see `certify.curvature.curvature_bound`.
         steps: most forward-backward passes for each class.
-        early_exit: stop with a class that cannot be the nearest, as its proven radius is above a
-            distance at which another class was seen; the smallest radius stays the same.
+        early_exit: stop with a class that cannot have the smallest radius, as what is proven for it
+            already is above all that could be proven for another one.
         batch: points in one pass at most.
     """
     prediction = logits.argmax(dim=1)
@@ -153,6 +159,7 @@ def dual_bounds(
     lower = torch.where(top > logits, 0.0, -torch.inf).to(logits)
     lower.scatter_(1, prediction[:, None], torch.inf)
     upper = torch.full_like(lower, torch.inf)
+    reach = upper.clone()
     sample, other = torch.nonzero(lower == 0.0, as_tuple=True)
     lower.clamp_(min=0.0)
     state = Iteration.start(x, sample, prediction[sample], other, curvature)
@@ -165,10 +172,10 @@ def dual_bounds(
         where = (state.sample, state.other)
         lower[where] = state.lower
         upper[where] = state.upper
-        done = state.lower >= (1.0 - _SOLVED) * state.upper
+        reach[where] = state.reach
+        done = state.lower >= (1.0 - _SOLVED) * state.reach
         if early_exit:
-            nearest = upper.amin(dim=1)
-            done |= state.lower >= nearest[state.sample]
+            done |= state.lower >= reach.amin(dim=1)[state.sample]
         state = state.chosen(~done)
     return DualResult(prediction, lower, upper, passes)
 
@@ -185,8 +192,9 @@ class Iteration:
     u: Tensor
     lower: Tensor
     upper: Tensor
-    damping: Tensor
-    residual: Tensor
+    reach: Tensor
+    before: Tensor
+    gradient: Tensor
 
     @staticmethod
     def start(
@@ -194,18 +202,12 @@ class Iteration:
     ) -> Iteration:
         """Begin at the samples themselves; see `dual_bounds` for ``curvature``."""
         zero = x.new_zeros(len(sample))
-        ones = torch.ones_like(zero)
+        far = torch.full_like(zero, torch.inf)
+        u = x[sample].flatten(1)
+        nothing = torch.full_like(u, torch.nan)
+        limits = curvature[own, other]
         return Iteration(
-            x,
-            sample,
-            own,
-            other,
-            curvature[own, other],
-            x[sample].flatten(1),
-            zero,
-            torch.full_like(zero, torch.inf),
-            ones,
-            torch.full_like(zero, torch.inf),
+            x, sample, own, other, limits, u, zero, far, far.clone(), nothing, nothing.clone()
         )
 
     def chosen(self, which: Tensor) -> Iteration:
@@ -235,15 +237,18 @@ class Iteration:
         self.lower[part] = torch.maximum(self.lower[part], found)
         seen = torch.where(value <= 0, square.sqrt(), torch.inf)
         self.upper[part] = torch.minimum(self.upper[part], seen)
+        reach = (square + 2.0 * value.clamp_min(0.0) / curvature).sqrt() * (1.0 + 1e-9)
+        reach = torch.minimum(self.upper[part], reach.nan_to_num(nan=torch.inf))
+        self.reach[part] = torch.minimum(self.reach[part], reach)
         # The linear model of f at u vanishes at x - eta g; a little beyond, so that f does.
         eta = ((value - inner) / slope * (1.0 + 1e-6)).clamp_min(0.0)
-        eta = torch.minimum(eta, _NEAR / curvature)
-        residual = (delta + eta[:, None] * gradient).square().sum(dim=1)
-        worse = residual > 0.81 * self.residual[part]
-        damping = torch.where(worse, 0.5 * self.damping[part], self.damping[part])
-        self.damping[part] = damping.clamp_min(1e-3)
-        self.residual[part] = residual
-        target = x - eta[:, None] * gradient
-        moved = u + self.damping[part][:, None] * (target - u)
-        sound = torch.isfinite(moved).all(dim=1, keepdim=True)
-        self.u[part] = torch.where(sound, moved, u)
+        eta = torch.minimum(eta, _NEAR / curvature)[:, None]
+        residual = delta + eta * gradient
+        moved, turned = u - self.before[part], residual - eta * self.gradient[part]
+        turned = turned - (self.before[part] - x)
+        size = moved.square().sum(dim=1) / (moved * turned).sum(dim=1)
+        step = torch.where(size > 0, size, 1.0).clamp(_SHORTEST, _LONGEST)
+        self.before[part], self.gradient[part] = u, gradient
+        following = u - step[:, None] * residual
+        sound = torch.isfinite(following).all(dim=1, keepdim=True)
+        self.u[part] = torch.where(sound, following, u)
