@@ -32,8 +32,8 @@ class CertifiedModel:
     on the original's device; logits are computed there, in float64.
 
     What is proven: the radii hold for the network with the stored weights, computed in exact
-    arithmetic. The bounds include all rounding; that of the float64 forward pass itself (about
-    1e-13 relative) is not yet included.
+    arithmetic. The bounds include all rounding; that of the float64 forward pass itself, and of
+    the gradients that some certificates use (about 1e-13 relative), is not yet included.
 
     Args:
         model: a module that maps ``(N, *input_shape)`` to logits ``(N, C)``.
