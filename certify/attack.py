@@ -116,9 +116,9 @@ def broken(
 
 
 def _on_sphere(vectors: Tensor, radius: Tensor) -> Tensor:
-    """Vectors scaled to a length just below the radius."""
+    """Vectors scaled to a length below the radius by more than what rounding could hide."""
     length: Tensor = vectors.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    return vectors / length * (radius * (1.0 - 1e-12))
+    return vectors / length * (radius * (1.0 - 1e-9))
 
 
 def _values(margins: Margins, x: Tensor, own: Tensor, other: Tensor, batch: int) -> Tensor:

@@ -126,6 +126,7 @@ class CertifiedModel:
         return LocalNetwork(bound)
 
     @cached_property
+    @torch.inference_mode(False)
     def _smooth(self) -> SmoothRadii:
         head = smooth_head(self._graph, self._output, self.method, self._tighten)
         return SmoothRadii(head, self.method)
@@ -183,7 +184,8 @@ class CertifiedModel:
                 return local_certificate(self.local, self.arguments(x), logits, margins)
             x = x.to(self._device, torch.float64)
             if certificate == "curvature":
-                return self._smooth.by_curvature(x, logits)
+                plain = certified_by_margins(logits, self.margin_lipschitz())
+                return largest_of([self._smooth.by_curvature(x, logits), plain])[0]
             return self._smooth.dual(x, logits).certificate()
 
     def dual(self, x: Tensor, *, steps: int = STEPS, early_exit: bool = True) -> DualResult:
@@ -230,6 +232,7 @@ class CertifiedModel:
             return broken(self._margins, x, logits, radius, steps=steps)
 
     @cached_property
+    @torch.inference_mode(False)
     def _margins(self) -> Margins:
         return margins_of(self._graph.split(self._output.node)[0])
 

@@ -29,7 +29,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,6 +51,30 @@ _LARGEST_BATCH = 2**24
 
 _MOST_PAIRS = 200
 """Ordered pairs of classes up to which each has weighted norms of its own."""
+
+
+@dataclass(frozen=True)
+class _Pulls:
+    """What is kept of weights ``n_I (k, *shape)``.
+
+    Attributes:
+        largest, norm: ``(k,)`` the largest entries and the L2 norms.
+        roots: ``(k, channels)`` roots of the largest entry of each channel, where these are known.
+    """
+
+    largest: Tensor
+    norm: Tensor
+    roots: Tensor | None
+
+    @staticmethod
+    def joined(parts: Sequence[_Pulls]) -> _Pulls:
+        """All of several."""
+        roots = [part.roots for part in parts if part.roots is not None]
+        return _Pulls(
+            torch.cat([part.largest for part in parts]),
+            torch.cat([part.norm for part in parts]),
+            torch.cat(roots) if len(roots) == len(parts) else None,
+        )
 
 
 class SecondOrder:
@@ -75,6 +100,8 @@ class SecondOrder:
         self._norms = norms
         self._values = values
         self.classes = bounding.output.shape[1]
+        if self.classes < 2:
+            raise ValueError("expected at least two logits")
         self._maps: dict[Signal, LinearMap] = {}
         self._operator_norms: dict[Signal, Tensor] = {}
         for signal in bounding.order:
@@ -100,41 +127,60 @@ class SecondOrder:
         first, second = torch.triu_indices(self.classes, self.classes, 1, device=device)
         largest = max(math.prod(signal.shape[1:]) for signal in self.bounding.order)
         most = max(1, _LARGEST_BATCH // largest)
-        activations: dict[Signal, list[tuple[Tensor, Tensor]]] = {}
+        activations: dict[Signal, list[tuple[_Pulls, _Pulls]]] = {}
         for y, t in zip(first.split(most), second.split(most), strict=True):
             found = pulled_back(
                 self.bounding.order, seeds(y, t, self.classes), self._maps, self._operator_norms
             )
             for signal, sensitivity in found.items():
-                activations.setdefault(signal, []).append(_pulls(signal, sensitivity))
+                down, up = _pulls(signal, sensitivity)
+                kept = self._kept(signal, down), self._kept(signal, up)
+                activations.setdefault(signal, []).append(kept)
         zero = torch.zeros(len(first), dtype=torch.float64, device=device)
         lower = upper = zero
         for signal, parts in activations.items():
-            down, up = (torch.cat(side) for side in zip(*parts, strict=True))
-            term = self._term(signal, torch.cat([down, up]), weighted)
+            sides = [part for side in zip(*parts, strict=True) for part in side]
+            term = self._term(signal, _Pulls.joined(sides), weighted)
             lower = sum_bound(lower, term[: len(first)])
             upper = sum_bound(upper, term[len(first) :])
         result = zero.new_zeros(self.classes, self.classes)
         result = result.index_put((first, second), lower)
         return result.index_put((second, first), upper)
 
-    def _term(self, signal: Signal, pull: Tensor, weighted: WeightedNorms) -> Tensor:
-        """Bound one activation's term for weights ``n_I (k, *shape)``; ``(k,)``."""
+    def _kept(self, signal: Signal, pull: Tensor) -> _Pulls:
+        """What a term needs of weights ``n_I (k, *shape)``, which may be many."""
+        before = signal.parents[0]
+        flat = pull.flatten(1) if pull.ndim > 1 else pull[:, None]
+        operator = self._operator(before)
+        known = operator is not None and before.node and pull.ndim > 1
+        return _Pulls(
+            flat.amax(dim=1),
+            norms(flat, 1),
+            _by_channel(pull, operator) if operator is not None and known else None,
+        )
+
+    def _operator(self, signal: Signal) -> Weighted | None:
+        """The matrix or convolution that a signal is the result of."""
+        if not isinstance(signal.step, Affine):
+            return None
+        operator = self.bounding.operator(signal)
+        return None if isinstance(operator, Scale) else operator
+
+    def _term(self, signal: Signal, pulls: _Pulls, weighted: WeightedNorms) -> Tensor:
+        """Bound one activation's term; ``(k,)``."""
         before = signal.parents[0]
         lipschitz = self._values[before]
-        flat = pull.flatten(1) if pull.ndim > 1 else pull[:, None]
-        size = norms(flat, 1)
-        bound = product_bound(flat.amax(dim=1), product_bound(lipschitz, lipschitz))
-        operator = None if not isinstance(before.step, Affine) else self.bounding.operator(before)
-        if operator is None or isinstance(operator, Scale):
-            return torch.minimum(bound, product_bound(size, product_bound(lipschitz, lipschitz)))
-        row = self.bounding.measured(before, self._values, self._norms, self._largest_row)
-        bound = torch.minimum(bound, product_bound(size, product_bound(row, lipschitz)))
-        if pull.ndim == 1 or not before.node:
+        square = product_bound(lipschitz, lipschitz)
+        bound = product_bound(torch.minimum(pulls.largest, pulls.norm), square)
+        if self._operator(before) is None:
             return bound
-        roots = _by_channel(pull, operator)
+        row = self.bounding.measured(before, self._values, self._norms, self._largest_row)
+        bound = torch.minimum(bound, product_bound(pulls.norm, product_bound(row, lipschitz)))
+        roots = pulls.roots
+        if roots is None:
+            return bound
         measured = self.bounding.measured(
-            before, self._values, self._norms, lambda a: weighted(a, roots)
+            before, self._values, self._norms, lambda operator: weighted(operator, roots)
         )
         return torch.minimum(bound, product_bound(measured, measured))
 
@@ -146,17 +192,13 @@ def _pulls(signal: Signal, found: Sensitivity) -> tuple[Tensor, Tensor]:
     """Bounds of ``max(0, -s phi'')`` and ``max(0, s phi'')``, entry by entry."""
     step = signal.step
     assert isinstance(step, Slopes)
-    least, most = step.curvature or (0.0, 0.0)
+    ends = step.curvature or (0.0, 0.0)
     low, high = found.ends()
     negative, positive = (-low).clamp_min(0.0), high.clamp_min(0.0)
-    down = torch.maximum(negative * most, positive * -least)
-    up = torch.maximum(positive * most, negative * -least)
-    return _paid(down), _paid(up)
-
-
-def _paid(pull: Tensor) -> Tensor:
-    """A product of two numbers of at least zero, rounded up; zero stays zero."""
-    return torch.where(pull > 0, round_up(pull, 1) + 2.0**-1000, pull)
+    least, most = -low.new_tensor(ends[0]), low.new_tensor(ends[1])
+    down = torch.maximum(product_bound(negative, most), product_bound(positive, least))
+    up = torch.maximum(product_bound(positive, most), product_bound(negative, least))
+    return down, up
 
 
 def _by_channel(pull: Tensor, operator: Weighted) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -131,7 +132,7 @@ class LipschitzGraph:
         before, after = fx.Graph(), fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
         for n in whole.nodes:
-            copied[n] = _attached(before, n, copied)
+            copied[n] = _attached(root, before, n, copied)
             if n is where:
                 break
         before.output(copied[where])
@@ -144,7 +145,7 @@ class LipschitzGraph:
             elif n in needed:
                 if n.op == "placeholder":
                     raise UnsupportedModel("the last layers use the network's input as well")
-                copied[n] = _attached(after, n, copied)
+                copied[n] = _attached(root, after, n, copied)
         return fx.GraphModule(root, before), fx.GraphModule(root, after)
 
     def _centres(self, like: Tensor, domain: tuple[float, float]) -> dict[str, tuple[float, float]]:
@@ -158,11 +159,32 @@ class LipschitzGraph:
         }
 
 
-def _attached(graph: fx.Graph, n: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.Node:
-    """Copy a node into a graph, except for one that cuts gradients off."""
+def _attached(
+    root: nn.Module, graph: fx.Graph, n: fx.Node, copied: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """Copy a node into a graph for gradients.
+
+    Nothing is cut off, and nothing overwritten: what works in place gets a copy. (That a tensor
+    which was overwritten is used once more has been refused.)
+    """
     if n.op == "call_method" and n.target == "detach":
         return copied[n.all_input_nodes[0]]
-    return graph.node_copy(n, copied.__getitem__)
+    if not _works_in_place(root, n):
+        return graph.node_copy(n, copied.__getitem__)
+    clones = {used: graph.call_method("clone", (copied[used],)) for used in n.all_input_nodes[:1]}
+    return graph.node_copy(n, lambda used: clones.get(used, copied[used]))
+
+
+def _works_in_place(root: nn.Module, n: fx.Node) -> bool:
+    if n.op == "call_module":
+        return bool(getattr(_module_of(root, n), "inplace", False))
+    if n.op not in ("call_method", "call_function") or not n.all_input_nodes:
+        return False
+    name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
+    operators = n.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+    named = name.endswith("_") and not name.endswith("__")
+    # Among positional arguments True may be ``inplace``; one copy too many does no harm.
+    return operators or named or True in n.args[1:] or bool(n.kwargs.get("inplace", False))
 
 
 def _needed(graph: fx.Graph, start: fx.Node) -> set[fx.Node]:
@@ -179,7 +201,10 @@ def _needed(graph: fx.Graph, start: fx.Node) -> set[fx.Node]:
 
 def _is_batch_size(n: fx.Node) -> bool:
     """Whether a node asks for the number of samples, which is that of any tensor."""
-    return n.op == "call_method" and n.target == "size" and n.args[1:] == (0,)
+    if n.op == "call_method":
+        return n.target == "size" and n.args[1:] == (0,)
+    shape = n.args[0] if n.target is operator.getitem and n.args[1:] == (0,) else None
+    return isinstance(shape, fx.Node) and shape.target is getattr and shape.args[1:] == ("shape",)
 
 
 class _Recorder(fx.Interpreter):

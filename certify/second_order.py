@@ -53,7 +53,7 @@ def second_order_radius(
     """
     quadratic = 2.0 * margin / (gradient + (gradient.square() + 2.0 * curvature * margin).sqrt())
     length = ((lipschitz - gradient) / curvature).clamp_min(0.0)  # up to where slopes are equal
-    drop = gradient * length + 0.5 * curvature * length.square()
+    drop = gradient * length + 0.5 * curvature * length * length
     beyond = length + (margin - drop) / lipschitz
     within = torch.isnan(beyond) | (drop >= margin)
     radius = torch.where(within, quadratic, beyond) * _SHORTER
@@ -80,6 +80,6 @@ def _falls_less(
     rest = radius - split
     # Where nothing is left an infinite constant plays no part.
     linear = torch.where(rest > 0, lipschitz * rest, 0.0)
-    bend = torch.where(split > 0, 0.5 * curvature * split.square(), 0.0)
-    fall = round_up(gradient * split + bend + linear, 8) + 2.0**-1000
-    return (radius >= 0) & torch.isfinite(radius) & (fall < margin)
+    bend = torch.where(split > 0, 0.5 * curvature * split * split, 0.0)
+    fall = round_up(gradient * split + bend + linear, 8) + 2.0**-600  # for what underflows
+    return (radius >= 0) & (radius < 2.0**400) & (fall < margin)

@@ -62,8 +62,8 @@ def seeds(first: Tensor, second: Tensor, classes: int) -> Sensitivity:
     """Of ``logit_first - logit_second`` at the logits, for classes ``(pairs,)``."""
     one = torch.eye(classes, dtype=torch.float64, device=first.device)
     centre = one[first] - one[second]
-    root = torch.full(first.shape, round_up(torch.tensor(2.0**0.5), 2).item())
-    return Sensitivity(centre, torch.zeros_like(centre), root.to(centre))
+    root = torch.full_like(first, 2.0**0.5, dtype=torch.float64)
+    return Sensitivity(centre, torch.zeros_like(centre), round_up(root, 2))
 
 
 def ball(norm: Tensor, shape: Sequence[int]) -> Sensitivity:
@@ -178,7 +178,7 @@ def _before(
     """
     step = signal.step
     shapes = [parent.shape[1:] if parent.node else () for parent in signal.parents]
-    placed = signal.node != "" and all(parent.node for parent in signal.parents)
+    placed = signal.node != "" and len(signal.shape) > 1 and all(shapes)
     if isinstance(step, Slopes):
         return [through_slopes(found, step.low, step.high)]
     if isinstance(step, Affine):

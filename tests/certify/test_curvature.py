@@ -343,3 +343,62 @@ def test_linear_results_of_a_functional_network() -> None:
         low, high = extremes(certified.model, torch.randn(6, dtype=torch.float64), 0, 1)
         assert -low <= bounds[0, 1] * NOISE
         assert high <= bounds[1, 0] * NOISE
+
+
+class Rotated(nn.Module):
+    """Sines, then a rotation whose action on tensors of this shape is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(2, 2, bias=False).double()
+        root = 2.0**-0.5
+        with torch.no_grad():
+            self.last.weight.copy_(torch.tensor([[root, root], [-root, root]], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(torch.sin(x).unsqueeze(1)).reshape(-1, 2)
+        return result
+
+
+def test_constants_are_not_rounded_to_single_precision() -> None:
+    certified = CertifiedModel(Rotated(), (2,))
+    bounds = certified.curvature()
+    low, _ = extremes(certified.model, torch.tensor([math.pi / 2, 0.0], dtype=torch.float64), 0, 1)
+    assert -low == pytest.approx(2.0**0.5, rel=1e-9)
+    assert bounds[0, 1] >= 2.0**0.5
+    assert bounds[1, 0] >= 2.0**0.5
+
+
+def test_products_that_underflow_are_not_zero() -> None:
+    model = nn.Sequential(
+        nn.Linear(1, 1, bias=False), nn.Softplus(1e-20, 40.0), nn.Linear(1, 2, bias=False)
+    ).double()
+    with torch.no_grad():
+        model[0].weight.fill_(1e150)
+        model[2].weight.copy_(torch.tensor([[1e-305], [0.0]], dtype=torch.float64))
+    assert CertifiedModel(model, (1,)).curvature()[1, 0] >= 2.5e-26
+
+
+def test_one_logit_has_no_differences() -> None:
+    certified = CertifiedModel(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), (3,))
+    with pytest.raises(ValueError, match="two logits"):
+        certified.curvature()
+
+
+def test_sums_over_all_axes_of_a_sample() -> None:
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(self.first(x))
+            return torch.stack([y.sum(1) * 2.0, -y.mean(1), y[:, 0]], dim=1)
+
+    torch.manual_seed(0)
+    certified = CertifiedModel(Summed(), (4,))
+    bounds = certified.curvature()
+    for pair in ((0, 1), (1, 2), (2, 0)):
+        low, high = extremes(certified.model, torch.randn(4, dtype=torch.float64), *pair)
+        assert -low <= bounds[pair] * NOISE
+        assert high <= bounds[pair[::-1]] * NOISE

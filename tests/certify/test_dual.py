@@ -167,3 +167,75 @@ def test_gradients_are_those_of_the_function() -> None:
     x = torch.randn(30, 4)
     for kind in ("curvature", "dual"):
         assert not certified.broken(x, certified.certify(x, kind).radius).any()
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "offset"),
+    [(1e60, 1e43, 5e16), (1e104, 1.0, 1e-4), (1e-20, 1e135, 1e60), (1e-170, 1e-150, 1e-190)],
+)
+def test_what_underflows_proves_nothing(first: float, last: float, offset: float) -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Softsign(), nn.Linear(1, 2)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model[0].weight.fill_(first)
+        model[2].weight[0] = last
+        model[2].bias[0] = offset
+    certified = CertifiedModel(model, (1,))
+    share = offset / last
+    flips = share / (1.0 - share) / first if share < 1 else math.inf
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    for kind in certified.applicable():
+        assert certified.certify(x, kind).radius.item() <= flips * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_never_worse_than_lipschitz_bounds_when_balanced(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = models.build("mlp", hidden=(9, 7), input_shape=(1, 2, 2), activation="tanh")
+    certified = CertifiedModel(model, (1, 2, 2), tighten="balance")
+    x = torch.rand(20, 1, 2, 2)
+    plain = certified.certify(x).radius
+    assert bool((certified.certify(x, "curvature").radius >= plain).all())
+    assert bool((certified.certify(x, "best").radius >= plain).all())
+
+
+class InPlace(nn.Module):
+    """Operations that overwrite what autograd would need."""
+
+    def __init__(self, kink: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.kink = nn.Linear(4, 6), nn.Linear(6, 3), kink
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = torch.relu(x).mul_(2.0).tanh_() if self.kink else torch.tanh(x).mul_(2.0)
+        x = torch.sigmoid(x).add_(1.0)
+        x *= 3.0
+        result: Tensor = self.last(nn.functional.silu(x, True))
+        return result
+
+
+@pytest.mark.parametrize("kink", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_networks_that_work_in_place(kink: bool, inference: bool) -> None:
+    torch.manual_seed(0)
+    certified = CertifiedModel(InPlace(kink), (4,))
+    with torch.inference_mode(inference):
+        x = torch.randn(10, 4)
+        for kind in ("curvature", "dual", "best"):
+            found = certified.certify(x, kind).radius
+            assert bool((found > 0).all())
+            assert not certified.broken(x, found).any()
+
+
+def test_torch_gradients_that_are_not_derivatives() -> None:
+    """LPPool of power one is a sum, but torch's gradient is zero where a sum is."""
+    model = nn.Sequential(
+        nn.LPPool1d(1, 2), nn.Flatten(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)
+    )
+    certified = CertifiedModel(model, (2, 4))
+    x = torch.zeros(1, 2, 4)
+    for kind in certified.applicable():
+        assert not certified.broken(x, certified.certify(x, kind).radius).any()
+    assert certified._smooth.head.backbone is not None

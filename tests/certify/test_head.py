@@ -27,7 +27,7 @@ class Branches(nn.Module):
         self.right, self.last = nn.Linear(8, 6), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.first(x.flatten(1))).view(x.size(0), -1)
+        x = torch.relu(self.first(x.flatten(1))).view(x.size(0), -1).reshape(x.shape[0], 8)
         result: Tensor = self.last(torch.tanh(self.left(x)) + torch.sigmoid(self.right(x)))
         return result
 

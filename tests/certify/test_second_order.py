@@ -55,6 +55,7 @@ def test_the_fall_is_the_margin(
         ((1.0, 1.0, math.inf, math.inf), 0.0),
         ((math.inf, 1.0, 1.0, 1.0), 0.0),
         ((1e-300, 1.0, 1.0, 1.0), 0.0),
+        ((2.0e-105, 0.0, 5.7e257, 7.9e84), 2.0e-105 / 7.9e84),  # K r^2 underflows on the way
     ],
 )
 def test_ends(numbers: tuple[float, float, float, float], expected: float) -> None:

@@ -97,7 +97,6 @@ SMOOTH: dict[str, tuple[Callable[[Tensor], Tensor], Second]] = {
     "mish": (F.mish, mish_second),
     "sin": (torch.sin, lambda x: cosine(x + PI / 2)),
     "cos": (torch.cos, lambda x: -cosine(x)),
-    "sinc": (torch.sinc, lambda x: -PI * PI * cosine(PI * x, 1)),
     "atan": (torch.atan, lambda x: -2 * x / (1 + x * x) ** 2),
     "asinh": (torch.asinh, lambda x: -x / (1 + x * x) / (1 + x * x).sqrt()),
     "erf": (torch.erf, lambda x: -4 * x * (-x * x).exp() / PI.sqrt()),
@@ -132,12 +131,11 @@ def largest(function: Second, reach: int) -> Decimal:
 def test_extreme_second_derivatives(name: str) -> None:
     function, second = SMOOTH[name]
     low, high = map(Decimal, curvature(function))
-    reach = 4 if name in ("sin", "cos", "sinc") else 24  # where the series is good
+    reach = 4 if name in ("sin", "cos") else 24  # where the series is good
     least, most = -largest(lambda x: -second(x), reach), largest(second, reach)
     assert low <= least <= most <= high
     assert least - low <= Decimal("1e-9") * (high - low)
-    loose = Decimal("1.35") if name == "sinc" else 1  # whose upper end is not attained
-    assert high - loose * most <= Decimal("1e-9") * (high - low)
+    assert high - most <= Decimal("1e-9") * (high - low)
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -206,8 +204,9 @@ def test_slopes_jump_or_their_own_are_proven(function: Callable[[Tensor], Tensor
         values = function(GRID.clone())
     jump = values.diff(n=2, dim=0).abs().max().item() * 1000  # at least half of it
     same = [limits for known, limits in proven() if torch.allclose(known, values, 0.0, 1e-12)]
-    if str(function) == "CELU(alpha=0.3)":  # smooth, but for the rounding of torch's gradient
-        assert found is None
+    inaccurate = torch.stack([nn.functional.celu(GRID, 0.3), torch.sinc(GRID)])
+    if any(torch.allclose(values, known, 0.0, 1e-12) for known in inaccurate):
+        assert found is None  # smooth, but torch's gradient is not accurate enough
         return
     assert jump > 0.05 if found is None else jump < 0.01
     assert not same if found is None else found in same
