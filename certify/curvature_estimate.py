@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from certify.curvature import SecondOrder
-from certify.norms import NetworkEstimate
+from certify.graph import LipschitzGraph
+from certify.head import cut_before_head
+from certify.norms import NetworkEstimate, NetworkEstimator
 from certify.operators import Convolution, Matrix, Weighted
+from certify.signal import Input
 from ff_bounds.padding import padding_amounts
 
 
@@ -67,6 +71,66 @@ class CurvatureEstimator(nn.Module):
     def set_extra_state(self, state: list[Tensor]) -> None:
         """Take over the vectors of a checkpoint."""
         self._vectors = list(state)
+
+
+class HeadEstimator(nn.Module):
+    """Follow the smooth part of a network through training: its curvature, and what is before it.
+
+    **Not a bound.** See `certify.head` and `CurvatureEstimator`.
+
+    Args:
+        model: the module being trained.
+        input_shape: shape of one sample.
+        seed: of the random start.
+
+    Attributes:
+        backbone: from inputs to features, with the model's own layers; ``None`` where the whole
+            network is smooth.
+        head: from features to logits, likewise.
+
+    Raises:
+        UnsupportedModel: there is no smooth activation behind all that is not smooth.
+    """
+
+    def __init__(self, model: nn.Module, input_shape: tuple[int, ...], seed: int = 0) -> None:
+        super().__init__()
+        graph = LipschitzGraph(model, input_shape)
+        cut = cut_before_head(graph.walk())
+        self._curvature = CurvatureEstimator(seed)
+        self.backbone: nn.Module | None = None
+        self.head = model
+        if not isinstance(cut.step, Input):
+            self.backbone, self.head = graph.split(cut.node)
+            self._before = NetworkEstimator(self.backbone, input_shape, seed)
+            self._behind = NetworkEstimator(self.head, cut.shape[1:], seed)
+
+    def forward(self, whole: NetworkEstimate, iterations: int = 1) -> tuple[Tensor, Tensor]:
+        """Estimate ``K (C, C)`` of the head and the Lipschitz constant of the backbone.
+
+        Args:
+            whole: estimate of the whole network.
+            iterations: steps of power iteration.
+        """
+        if self.backbone is None:
+            one = torch.ones((), dtype=torch.float64, device=whole.layers.device)
+            return self._curvature(whole, iterations), one
+        curvature: Tensor = self._curvature(self._behind(iterations), iterations)
+        return curvature, self._before(iterations).lipschitz()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold: no parameters, which are the model's."""
+        state: dict[str, Any] = {"curvature": self._curvature.get_extra_state()}
+        if self.backbone is not None:
+            state["before"] = self._before.state_dict()
+            state["behind"] = self._behind.state_dict()
+        return state
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._curvature.set_extra_state(state["curvature"])
+        if self.backbone is not None:
+            self._before.load_state_dict(state["before"])
+            self._behind.load_state_dict(state["behind"])
 
 
 Action = Callable[[Tensor], Tensor]

@@ -37,15 +37,19 @@ class DualPoints:
 
     Attributes:
         classes: ``(N, k)`` which classes, the nearest first.
-        points: ``(N, k, ...)`` without a gradient.
-        eta: ``(N, k)`` their multipliers.
-        limited: ``(N, k)`` whether the curvature kept ``eta`` small.
+        offsets: ``(N, k, ...)`` how far the points are from the inputs; no gradient.
+        limited: ``(N, k)`` whether the curvature kept a point within the ball.
     """
 
     classes: Tensor
-    points: Tensor
-    eta: Tensor
+    offsets: Tensor
     limited: Tensor
+
+    def moved(self, x: Tensor, epsilon: Tensor) -> Tensor:
+        """The points ``(N, k, ...)`` as functions of inputs ``(N, ...)`` and of the radius."""
+        axes = [1] * (self.offsets.ndim - 2)
+        growth = torch.where(self.limited, 1.0, epsilon / epsilon.detach().clamp_min(1e-30))
+        return x[:, None] + growth.reshape(*growth.shape, *axes) * self.offsets
 
 
 def dual_points(
@@ -54,7 +58,7 @@ def dual_points(
     logits: Tensor,
     labels: Tensor,
     curvature: Tensor,
-    epsilon: float,
+    epsilon: Tensor,
     *,
     classes: int,
     steps: int,
@@ -70,7 +74,7 @@ def dual_points(
         logits: ``(N, C)`` there, as the network's result.
         labels: ``(N,)``.
         curvature: ``(C, C)`` as from `certify.curvature`, here estimated.
-        epsilon: radius of the ball, positive.
+        epsilon: radius of the ball, a scalar.
         classes: how many other classes of each sample.
         steps: gradients for each point.
     """
@@ -92,12 +96,8 @@ def dual_points(
             (gradient,) = torch.autograd.grad(found.sum(), points)
         eta, points = _moved(start, gradient, limit, epsilon)
     shape = (x.shape[0], classes)
-    return DualPoints(
-        others,
-        points.detach().reshape(*shape, *x.shape[1:]),
-        eta.reshape(shape),
-        (eta >= limit).reshape(shape),
-    )
+    offsets = (points - start).detach().reshape(*shape, *x.shape[1:])
+    return DualPoints(others, offsets, (eta >= limit).reshape(shape))
 
 
 def worst_logits(
@@ -106,14 +106,14 @@ def worst_logits(
     logits: Tensor,
     labels: Tensor,
     curvature: Tensor,
-    epsilon: float,
+    epsilon: Tensor,
     found: DualPoints,
 ) -> Tensor:
     """Logits ``(N, C)`` relative to the label's, at their certified largest for some classes.
 
     Args:
         model: as for `dual_points`, and so are the next three.
-        x: inputs.
+        x: inputs; those that are features of other layers have a gradient.
         logits: there.
         labels: of them.
         curvature: likewise, with a gradient.
@@ -126,9 +126,9 @@ def worst_logits(
     count, classes = found.classes.shape
     label = labels.repeat_interleave(classes)
     other = found.classes.flatten()
-    points = found.points.flatten(0, 1)
+    points = found.moved(x, epsilon).flatten(0, 1)
     margin = _margins(model(points).to(logits.dtype), label, other).reshape(count, classes)
-    square = (found.points - x.detach()[:, None]).flatten(2).square().sum(dim=2)
+    square = found.offsets.flatten(2).square().sum(dim=2)
     rest = (epsilon**2 - square).clamp_min(0.0) / 2.0
     bend = curvature.to(logits.dtype)[label, other].reshape(count, classes) / _NEAR
     margin = margin - torch.where(found.limited, rest * bend, 0.0)
@@ -136,10 +136,12 @@ def worst_logits(
     return relative.scatter(1, found.classes, -margin)
 
 
-def _moved(start: Tensor, gradient: Tensor, limit: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def _moved(
+    start: Tensor, gradient: Tensor, limit: Tensor, epsilon: Tensor
+) -> tuple[Tensor, Tensor]:
     """Multipliers ``(M,)`` and the points ``start - eta gradient``."""
     length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
-    eta = torch.minimum(epsilon / length, limit)
+    eta = torch.minimum(epsilon.detach() / length, limit)
     return eta, start - eta.reshape(-1, *[1] * (start.ndim - 1)) * gradient
 
 

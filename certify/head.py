@@ -54,7 +54,7 @@ def smooth_head(graph: LipschitzGraph, output: Signal, method: str, tighten: str
         UnsupportedModel: there is no smooth activation behind all that is not smooth.
     """
     tighten = "join" if tighten == "balance" else tighten
-    cut = _cut(output)
+    cut = cut_before_head(output)
     one = torch.ones((), dtype=torch.float64, device=graph.device)
     before, after = graph.split(cut.node)
     if isinstance(cut.step, Input):
@@ -65,8 +65,12 @@ def smooth_head(graph: LipschitzGraph, output: Signal, method: str, tighten: str
     return SmoothHead(after, bound_network(end, method, tighten), before, lipschitz)
 
 
-def _cut(output: Signal) -> Signal:
-    """The first tensor that all paths go through and behind which all is smooth."""
+def cut_before_head(output: Signal) -> Signal:
+    """The first tensor that all paths go through and behind which all is smooth.
+
+    Raises:
+        UnsupportedModel: there is no smooth activation behind all that is not smooth.
+    """
     found: Signal | None = None
     smooth, bent = True, False
     # Walking back from the output, ``open_`` are the tensors behind which all has been seen.

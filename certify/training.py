@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from certify.curvature_estimate import CurvatureEstimator
+from certify.curvature_estimate import HeadEstimator
 from certify.data import Augmentation, ImageData, pixels
 from certify.dual_training import dual_points, worst_logits
 from certify.losses import LOSSES
@@ -153,11 +153,13 @@ class Trainer:
         _check_logits(model, pixels(self._images[:1]), self._labels)
         self._optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
         self._generator = torch.Generator().manual_seed(config.seed)
-        self._curvature = CurvatureEstimator(config.seed) if config.needs_curvature else None
+        self._smooth: HeadEstimator | None = None
+        if config.needs_curvature:
+            self._smooth = HeadEstimator(model, data.input_shape, config.seed)
         with torch.no_grad():  # from a random start to usable estimates
             estimate = self._estimator(iterations=30)
-            if self._curvature is not None:
-                self._curvature(estimate, iterations=30)
+            if self._smooth is not None:
+                self._smooth(estimate, iterations=30)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -199,19 +201,23 @@ class Trainer:
         x, labels = pixels(self._images[chosen]), self._labels[chosen]
         for augmentation in self._augment:
             x = augmentation(x, self._generator)
-        x.requires_grad_(config.loss in SECOND_ORDER_LOSSES)
-        logits = self._logits(x)
+        features = self._features(x)
+        logits = self._logits(features)
         if not isinstance(logits, Tensor):
             raise UnsupportedModel("in training mode, too, the model must return one tensor")
         estimate = self._estimator()
-        curvature = None if self._curvature is None else self._curvature(estimate)
+        curvature, scale = None, None
+        if self._smooth is not None:
+            curvature, scale = self._smooth(estimate)
         if config.loss in LOSSES:
             bounds = estimate.margin_lipschitz()
             loss = LOSSES[config.loss](logits, labels, bounds, epsilon)
             worst = logits + config.epsilon * bounds.to(logits.dtype)[labels]
         else:
             assert curvature is not None
-            worst, loss = self._second_order(x, logits, labels, curvature, epsilon)
+            assert scale is not None
+            radius = epsilon * scale.to(logits.dtype)
+            worst, loss = self._second_order(features, logits, labels, curvature, radius)
         lipschitz = estimate.lipschitz()
         if config.lipschitz_penalty:
             loss = loss + config.lipschitz_penalty * estimate.layers.sum()
@@ -239,18 +245,33 @@ class Trainer:
                 lipschitz.item(),
             )
 
-    def _logits(self, x: Tensor) -> Any:
-        """The network's result, in float32 whatever it is computed in."""
+    def _features(self, x: Tensor) -> Tensor:
+        """What enters the part of the network that attacks are about: inputs, or features."""
+        if self.config.loss not in SECOND_ORDER_LOSSES:
+            return x
+        assert self._smooth is not None
+        if self._smooth.backbone is None:
+            return x.requires_grad_()
+        return cast(Tensor, self._computed(self._smooth.backbone, x))
+
+    def _logits(self, features: Tensor) -> Any:
+        """The network's result for what `_features` returned."""
+        attacked = self.config.loss in SECOND_ORDER_LOSSES
+        head = self._smooth.head if attacked and self._smooth is not None else self.model
+        return self._computed(head, features)
+
+    def _computed(self, module: nn.Module, x: Tensor) -> Any:
+        """A module's result, in float32 whatever it is computed in."""
         if self.config.precision == "float32":
-            return self.model(x)
+            return module(x)
         with torch.autocast(self._device.type, torch.bfloat16):
-            logits = self.model(x)
-        return logits.float() if isinstance(logits, Tensor) else logits
+            result = module(x)
+        return result.float() if isinstance(result, Tensor) else result
 
     def _second_order(
-        self, x: Tensor, logits: Tensor, labels: Tensor, curvature: Tensor, epsilon: float
+        self, x: Tensor, logits: Tensor, labels: Tensor, curvature: Tensor, epsilon: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the worst logits that are certified, and the loss."""
+        """Return the worst logits that are certified in a ball of features, and the loss."""
         config = self.config
         classes = min(config.attack_classes, logits.shape[1] - 1) if config.loss == "dual" else 1
         found = dual_points(
@@ -263,8 +284,9 @@ class Trainer:
             classes=classes,
             steps=config.attack_steps,
         )
+        x = x.detach() if x.is_leaf else x  # no gradient of inputs, but of features
         if config.loss == "crt":
-            attacked = self._logits(found.points[:, 0])
+            attacked = self._logits(found.moved(x, epsilon)[:, 0])
             return attacked, F.cross_entropy(attacked, labels)
         worst = worst_logits(self._logits, x, logits, labels, curvature, epsilon, found)
         return worst, F.cross_entropy(worst / config.temperature, labels)
@@ -275,7 +297,7 @@ class Trainer:
             "epoch": self.epoch,
             "model": self.model.state_dict(),
             "estimator": self._estimator.state_dict(),
-            "curvature": None if self._curvature is None else self._curvature.get_extra_state(),
+            "smooth": None if self._smooth is None else self._smooth.get_extra_state(),
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
             "torch_generator": torch.get_rng_state(),
@@ -285,8 +307,8 @@ class Trainer:
         """Continue a run from what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self._estimator.load_state_dict(state["estimator"])
-        if self._curvature is not None:
-            self._curvature.set_extra_state(state["curvature"])
+        if self._smooth is not None:
+            self._smooth.set_extra_state(state["smooth"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_generator"])

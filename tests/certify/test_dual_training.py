@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -77,7 +78,23 @@ def test_deeper_networks_train(digits: ImageData, name: str, precision: str) -> 
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
-def test_resuming_continues_exactly(digits: ImageData) -> None:
+def with_a_head() -> nn.Module:
+    torch.manual_seed(0)
+    return models.build("2c2f", width=4, head="softplus")
+
+
+@pytest.mark.parametrize("loss", ["dual", "crt"])
+def test_a_smooth_head_trains_its_backbone(digits: ImageData, loss: str) -> None:
+    model = with_a_head()
+    config = dataclasses.replace(CONFIG, loss=loss, epsilon=0.3, lr=4e-3, curvature_penalty=0.1)
+    assert train(model, digits, config)[-1].clean_accuracy > 0.7
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    if loss == "dual":
+        assert certified_accuracy(model, "dual", 0.3) > 0.5
+
+
+@pytest.mark.parametrize("make", [make, with_a_head])
+def test_resuming_continues_exactly(digits: ImageData, make: Callable[[], nn.Module]) -> None:
     straight, again = Trainer(make(), digits, CONFIG), Trainer(make(), digits, CONFIG)
     straight.run_epoch()
     state = copy.deepcopy(straight.state_dict())
@@ -123,11 +140,11 @@ def test_worst_logits_are_below_what_attacks_reach(curvature: float) -> None:
         return torch.stack([first, 0.5 * x[:, 1]], dim=1)
 
     x = (0.1 * torch.randn(40, 3)).requires_grad_()
-    labels, epsilon = torch.zeros(40, dtype=torch.int64), 0.4
+    labels, epsilon = torch.zeros(40, dtype=torch.int64), torch.tensor(0.4)
     bounds = torch.full((2, 2), curvature, requires_grad=True)
     logits = model(x)
     found = dual_points(model, x, logits, labels, bounds, epsilon, classes=1, steps=60)
-    assert bool(((found.points[:, 0] - x).norm(dim=1) <= epsilon * (1 + 1e-5)).all())
+    assert bool((found.offsets[:, 0].norm(dim=1) <= epsilon * (1 + 1e-5)).all())
     worst = worst_logits(model, x, logits, labels, bounds, epsilon, found)
     assert torch.equal(worst[:, 0], torch.zeros(40))
     noise = torch.nn.functional.normalize(torch.randn(500, 40, 3), dim=2) * epsilon
