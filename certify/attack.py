@@ -12,11 +12,16 @@ _RAY = (1.0, 1.001, 1.02, 1.2, 2.0)
 
 _HALVINGS = 8
 
+_CLASSES = 4
+"""How many other classes of each input are attacked: the nearest by the linear model there."""
+
 
 def attack_distances(
-    margins: Margins, x: Tensor, logits: Tensor, *, steps: int = 30, batch: int = 1024
+    margins: Margins, x: Tensor, logits: Tensor, *, steps: int = 20, batch: int = 1024
 ) -> Tensor:
     """Distances ``(N, C)`` at which a point of another class was seen, or infinity.
+
+    Only the nearest classes are tried, by the linear models at the inputs.
 
     The steps of `certify.dual.dual_bounds` without their limit, each to where the linear model of
     the margin vanishes; then the ray through the last point is searched for the nearest place where
@@ -34,9 +39,7 @@ def attack_distances(
     """
     classes = logits.shape[1]
     own = logits.argmax(dim=1)
-    sample, other = torch.nonzero(
-        torch.arange(classes, device=x.device) != own[:, None], as_tuple=True
-    )
+    sample, other = _nearest(margins, x, own, classes, batch)
     state = Iteration.start(x, sample, own[sample], other, logits.new_zeros(classes, classes))
     for _ in range(steps):
         state.step(margins, batch)
@@ -74,8 +77,8 @@ def broken(
 ) -> Tensor:
     """Whether projected gradient descent finds another class within a radius of each input.
 
-    For each other class, steps on the margin from the input and from a random point of the sphere,
-    each projected onto it; the length of a step falls from twice the radius.
+    For the nearest other classes, steps on the margin from the input and from a random point of the
+    sphere, each projected onto it; the length of a step falls from twice the radius.
 
     Args:
         margins: as for `attack_distances`, and so are the next two.
@@ -93,8 +96,8 @@ def broken(
     """
     own = logits.argmax(dim=1)
     tried = (radius > 0) & torch.isfinite(radius)
-    others = torch.arange(logits.shape[1], device=x.device) != own[:, None]
-    sample, other = torch.nonzero(others & tried[:, None], as_tuple=True)
+    sample, other = _nearest(margins, x, own, logits.shape[1], batch)
+    sample, other = sample[tried[sample]], other[tried[sample]]
     result = torch.zeros_like(tried)
     generator = torch.Generator().manual_seed(0)
     for start in (False, True):
@@ -113,6 +116,24 @@ def broken(
                 length = 2.0 * size * (1.0 - step / (steps + 1))
                 delta = _on_sphere(delta - _on_sphere(gradient.flatten(1), length), size)
     return result
+
+
+def _nearest(
+    margins: Margins, x: Tensor, own: Tensor, classes: int, batch: int
+) -> tuple[Tensor, Tensor]:
+    """Pairs ``(M,)`` of a sample and one of the classes that are nearest by its linear models."""
+    distance = torch.full((len(x), classes), torch.inf, dtype=x.dtype, device=x.device)
+    others = torch.arange(classes, device=x.device) != own[:, None]
+    sample, other = torch.nonzero(others, as_tuple=True)
+    for part in torch.arange(len(sample), device=x.device).split(batch):
+        s, t = sample[part], other[part]
+        value, gradient = margins(x[s], own[s], t)
+        distance[s, t] = value / gradient.flatten(1).norm(dim=1)
+    count = min(_CLASSES, classes - 1)
+    near = distance.nan_to_num(nan=torch.inf).topk(count, dim=1, largest=False).indices
+    rows = torch.arange(len(x), device=x.device)[:, None].expand_as(near)
+    chosen = near.flatten() != own[rows.flatten()]
+    return rows.flatten()[chosen], near.flatten()[chosen]
 
 
 def _on_sphere(vectors: Tensor, radius: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ class CertifiedModel:
             x = x.to(self._device, torch.float64)
             return self._smooth.dual(x, logits, steps=steps, early_exit=early_exit)
 
-    def attack(self, x: Tensor, *, steps: int = 30) -> Tensor:
+    def attack(self, x: Tensor, *, steps: int = 20) -> Tensor:
         """Look for the nearest points of other classes; see `certify.attack`.
 
         Args:

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from certify.bounding import Bounding, Norms
 from certify.linear_maps import LinearMap, linear_map, norms
+from certify.norms import proven_norms
 from certify.operators import Convolution, Matrix, Scale, Weighted, may_scale, scaled
 from certify.sensitivity import Sensitivity, is_twice_differentiable, pulled_back, seeds
 from certify.signal import Affine, Signal, Slopes, UnsupportedModel
@@ -240,16 +241,10 @@ def proven_weighted_norms(method: str) -> WeightedNorms:
     def prove(operator: Weighted, factors: Tensor) -> Tensor:
         if len(factors) > _MOST_PAIRS:
             return prove(operator, factors.amax(dim=0, keepdim=True)).expand(len(factors))
-        found: list[Tensor] = []
-        for row in factors:
-            weighted = with_rows(operator, row)
-            if not bool(row.any()):
-                found.append(row.new_zeros(()))
-            elif weighted is None or not bool(weighted.effective_weight().isfinite().all()):
-                found.append(row.new_full((), torch.inf))
-            else:
-                found.append(weighted.bound(method))
-        return torch.stack(found)
+        rows = [with_rows(operator, row) for row in factors]
+        bounds = proven_norms([row for row in rows if row is not None], method)
+        found = [factors.new_full((), torch.inf) if row is None else bounds(row) for row in rows]
+        return torch.stack(found).where(factors.any(dim=1), 0.0)
 
     return prove
 
