@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from certify.losses import LOSSES, cross_entropy, margin_loss
     from certify.rules import lipschitz_rule
     from certify.signal import Signal, UnsupportedModel
-    from certify.training import TrainingConfig, train
+    from certify.training import train
+    from certify.training_config import TrainingConfig
 
 __all__ = [
     "LOSSES",
@@ -47,7 +48,7 @@ _HOME = {
     "NetworkReport": "layers",
     "Report": "evaluation",
     "Signal": "signal",
-    "TrainingConfig": "training",
+    "TrainingConfig": "training_config",
     "UnsupportedModel": "signal",
     "certificate": "certificates",
     "cross_entropy": "losses",

@@ -162,7 +162,8 @@ def train(
 
         from certify.architectures import is_users
         from certify.run import RunConfig, run_training
-        from certify.training import EpochMetrics, Trainer, TrainingConfig
+        from certify.training import EpochMetrics, Trainer
+        from certify.training_config import TrainingConfig
 
         name = f"{dataset}-{model}".replace(":", "-").replace("/", "_")
         folder = Path(out or f"runs/{name}")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from certify.attacked import Attacked, attack_all
 from certify.certificates import Certificate, check_certificate, largest_of
 from certify.certified_model import CertifiedModel
 from certify.data import ImageData, pixels
@@ -189,55 +190,6 @@ class Report:
         )
 
 
-@dataclass(frozen=True)
-class Attacked:
-    """What attacks found.
-
-    Attributes:
-        distance: ``(N,)`` at which another class was seen, or infinity.
-        withstood: for each budget, ``(N,)`` whether no attack within it succeeded.
-        broken: images whose prediction was changed within their certified radius. Any is a defect
-            of the certificate.
-    """
-
-    distance: Tensor
-    withstood: Mapping[float, Tensor]
-    broken: int
-
-    def solved(self, radius: Tensor) -> float:
-        """Fraction of images whose radius is within 0.1 % of an attack's distance."""
-        return _mean(radius >= (1.0 - 1e-3) * self.distance)
-
-    def median_gap(self, radius: Tensor) -> float:
-        """Median of ``1 - radius / distance``."""
-        return (1.0 - radius / self.distance).median().item()
-
-
-def _attacked(
-    certified: CertifiedModel, images: Tensor, radius: Tensor, epsilons: Sequence[float], size: int
-) -> Attacked:
-    """Attack every image at its radius and at each budget."""
-    distances, hits = [], []
-    withstood: dict[float, list[Tensor]] = {epsilon: [] for epsilon in epsilons}
-    for batch, own in zip(images.split(size), radius.split(size), strict=True):
-        x, own = pixels(batch), own.to(certified.margin_lipschitz().device)
-        distance = certified.attack(x)
-        for epsilon in epsilons:
-            # Where either certificate or attack has decided already nothing is tried.
-            still = (own <= epsilon) & (distance > epsilon)
-            hit = certified.broken(x, torch.where(still, epsilon, 0.0))
-            distance = torch.where(hit, distance.clamp_max(epsilon), distance)
-            withstood[epsilon].append((distance > epsilon) | (epsilon == 0))
-        inside = torch.where(torch.isfinite(own), own, 0.0)
-        hits.append(certified.broken(x, inside) | (distance < own))
-        distances.append(distance)
-    return Attacked(
-        torch.cat(distances).cpu(),
-        {epsilon: torch.cat(parts).cpu() for epsilon, parts in withstood.items()},
-        int(torch.cat(hits).sum()),
-    )
-
-
 def evaluate(
     certified: CertifiedModel,
     data: ImageData,
@@ -316,7 +268,7 @@ def evaluate(
         radii={kind: one.radius for kind, one in whole.items()},
         costs={kind: times[kind] / max(times["logits"], 1e-9) for kind in asked},
         passes=passes / len(data) if "dual" in kinds else None,
-        attack=_attacked(certified, data.images, found.radius, epsilons, batch_size)
+        attack=attack_all(certified, data.images, found.radius, epsilons, batch_size)
         if attack
         else None,
     )

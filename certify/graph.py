@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from certify.cutting import cut
 from certify.operators import Scale
 from certify.rules import REFUSALS, RULES
 from certify.rules.installed import register_installed
@@ -125,28 +125,7 @@ class LipschitzGraph:
         Raises:
             UnsupportedModel: what is behind the tensor uses others as well, such as a size.
         """
-        root, whole = self._walker.module, self._walker.graph
-        where = next((n for n in whole.nodes if n.name == node), None)
-        if where is None:
-            raise UnsupportedModel(f"node {node!r} is one of several results")
-        before, after = fx.Graph(), fx.Graph()
-        copied: dict[fx.Node, fx.Node] = {}
-        for n in whole.nodes:
-            copied[n] = _attached(root, before, n, copied)
-            if n is where:
-                break
-        before.output(copied[where])
-        needed = _needed(whole, where)
-        features = after.placeholder("features")
-        copied = {where: features}
-        for n in whole.nodes:
-            if n in needed and _is_batch_size(n):
-                copied[n] = after.call_method("size", (features, 0))
-            elif n in needed:
-                if n.op == "placeholder":
-                    raise UnsupportedModel("the last layers use the network's input as well")
-                copied[n] = _attached(root, after, n, copied)
-        return fx.GraphModule(root, before), fx.GraphModule(root, after)
+        return cut(self._walker.module, self._walker.graph, node)
 
     def _centres(self, like: Tensor, domain: tuple[float, float]) -> dict[str, tuple[float, float]]:
         """Norms and largest entries of all tensors at the centre of the domain."""
@@ -157,54 +136,6 @@ class LipschitzGraph:
             for node, tensor in tensors.items()
             if tensor.is_floating_point() and tensor.numel()
         }
-
-
-def _attached(
-    root: nn.Module, graph: fx.Graph, n: fx.Node, copied: dict[fx.Node, fx.Node]
-) -> fx.Node:
-    """Copy a node into a graph for gradients.
-
-    Nothing is cut off, and nothing overwritten: what works in place gets a copy. (That a tensor
-    which was overwritten is used once more has been refused.)
-    """
-    if n.op == "call_method" and n.target == "detach":
-        return copied[n.all_input_nodes[0]]
-    if not _works_in_place(root, n):
-        return graph.node_copy(n, copied.__getitem__)
-    clones = {used: graph.call_method("clone", (copied[used],)) for used in n.all_input_nodes[:1]}
-    return graph.node_copy(n, lambda used: clones.get(used, copied[used]))
-
-
-def _works_in_place(root: nn.Module, n: fx.Node) -> bool:
-    if n.op == "call_module":
-        return bool(getattr(_module_of(root, n), "inplace", False))
-    if n.op not in ("call_method", "call_function") or not n.all_input_nodes:
-        return False
-    name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
-    operators = n.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-    named = name.endswith("_") and not name.endswith("__")
-    # Among positional arguments True may be ``inplace``; one copy too many does no harm.
-    return operators or named or True in n.args[1:] or bool(n.kwargs.get("inplace", False))
-
-
-def _needed(graph: fx.Graph, start: fx.Node) -> set[fx.Node]:
-    """The nodes that the output is computed from, up to one where that ends."""
-    found: set[fx.Node] = set()
-    stack = [n for n in graph.nodes if n.op == "output"]
-    while stack:
-        n = stack.pop()
-        if n not in found and n is not start:
-            found.add(n)
-            stack += [] if _is_batch_size(n) else n.all_input_nodes
-    return found
-
-
-def _is_batch_size(n: fx.Node) -> bool:
-    """Whether a node asks for the number of samples, which is that of any tensor."""
-    if n.op == "call_method":
-        return n.target == "size" and n.args[1:] == (0,)
-    shape = n.args[0] if n.target is operator.getitem and n.args[1:] == (0,) else None
-    return isinstance(shape, fx.Node) and shape.target is getattr and shape.args[1:] == ("shape",)
 
 
 class _Recorder(fx.Interpreter):

@@ -18,7 +18,8 @@ from certify import architectures
 from certify.checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from certify.data import augmentations, load
 from certify.files import write_text
-from certify.training import EpochMetrics, Trainer, TrainingConfig
+from certify.training import EpochMetrics, Trainer
+from certify.training_config import TrainingConfig
 
 
 @dataclass(frozen=True)
