@@ -6,8 +6,8 @@ is before, are radii of the network: an input that moves by less than ``r / L`` 
 by less than ``r``.
 
 References:
-    S. Singla, S. Singla, S. Feizi, Improved deterministic l2 robustness on CIFAR-10 and CIFAR-100,
-    ICLR 2022 (last layers with a certificate of their own on a 1-Lipschitz network).
+    S. Singla, S. Feizi, Improved techniques for deterministic l2 robustness, NeurIPS 2022 (one
+    hidden layer on a 1-Lipschitz network, certified by its second derivatives).
 """
 
 from __future__ import annotations
