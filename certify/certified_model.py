@@ -127,7 +127,12 @@ class CertifiedModel:
 
     @cached_property
     @torch.inference_mode(False)
-    def _smooth(self) -> SmoothRadii:
+    def smooth(self) -> SmoothRadii:
+        """The smooth last layers and their certificates.
+
+        Raises:
+            UnsupportedModel: there are none.
+        """
         head = smooth_head(self._graph, self._output, self.method, self._tighten)
         return SmoothRadii(head, self.method)
 
@@ -141,7 +146,7 @@ class CertifiedModel:
             UnsupportedModel: no smooth activation behind those whose second derivative is not
                 bounded, as that of ReLU.
         """
-        return _proven(self._smooth.curvature)
+        return _proven(self.smooth.curvature)
 
     def applicable(self) -> tuple[str, ...]:
         """The certificates that this network has, from cheap to dear, without ``"best"``."""
@@ -149,7 +154,7 @@ class CertifiedModel:
         if self.local.activations():
             found.append("local")
         try:
-            _ = self._smooth
+            _ = self.smooth
         except UnsupportedModel:
             return tuple(found)
         return (*found, "curvature", "dual")
@@ -185,8 +190,8 @@ class CertifiedModel:
             x = x.to(self._device, torch.float64)
             if certificate == "curvature":
                 plain = certified_by_margins(logits, self.margin_lipschitz())
-                return largest_of([self._smooth.by_curvature(x, logits), plain])[0]
-            return self._smooth.dual(x, logits).certificate()
+                return largest_of([self.smooth.by_curvature(x, logits), plain])[0]
+            return self.smooth.dual(x, logits).certificate()
 
     def dual(self, x: Tensor, *, steps: int = STEPS, early_exit: bool = True) -> DualResult:
         """Bound the distances to all other classes from both sides; see `certify.dual`.
@@ -202,7 +207,7 @@ class CertifiedModel:
         with torch.no_grad():
             logits = self._logits_within(x)
             x = x.to(self._device, torch.float64)
-            return self._smooth.dual(x, logits, steps=steps, early_exit=early_exit)
+            return self.smooth.dual(x, logits, steps=steps, early_exit=early_exit)
 
     def attack(self, x: Tensor, *, steps: int = 20) -> Tensor:
         """Look for the nearest points of other classes; see `certify.attack`.

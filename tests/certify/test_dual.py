@@ -238,4 +238,4 @@ def test_torch_gradients_that_are_not_derivatives() -> None:
     x = torch.zeros(1, 2, 4)
     for kind in certified.applicable():
         assert not certified.broken(x, certified.certify(x, kind).radius).any()
-    assert certified._smooth.head.backbone is not None
+    assert certified.smooth.head.backbone is not None

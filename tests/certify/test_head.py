@@ -13,7 +13,7 @@ from certify.signal import UnsupportedModel
 
 def test_a_smooth_network_is_all_head() -> None:
     certified = CertifiedModel(models.build("mlp", hidden=(5,), activation="tanh"), (1, 28, 28))
-    head = certified._smooth.head
+    head = certified.smooth.head
     assert head.backbone is None
     assert head.lipschitz == 1.0
 
@@ -43,7 +43,7 @@ def test_certificates_in_the_space_of_features(name: str) -> None:
     )
     certified = CertifiedModel(model, shape)
     assert certified.applicable()[-2:] == ("curvature", "dual")
-    head = certified._smooth.head
+    head = certified.smooth.head
     assert head.backbone is not None
     x = torch.rand(20, *shape)
     features = head.backbone(x.double())
