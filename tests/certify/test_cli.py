@@ -160,7 +160,7 @@ def test_the_library_does_not_import_torchvision(package: str) -> None:
             "no mnist under /nowhere ",
         ),
         (["--dataset", "mnist"], "needs --data-dir"),
-        (["--model", "vgg"], "expected model to be one of mlp, 2c2f"),
+        (["--model", "vgg"], "expected model to be one of mlp, 2x1024"),
         (["--set", "width=7"], "has no hyperparameter width"),
         (["--set", "hidden"], "does not have the form KEY=VALUE"),
         (["--set", "activation=swish"], "expected activation to be one of relu"),
