@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -21,6 +22,7 @@ from certify.signal import Input, Signal, Slopes, UnsupportedModel
 from certify.tracing import (
     BATCH,
     Root,
+    agree,
     check_against_module,
     example_of,
     kind_of,
@@ -71,9 +73,8 @@ class LipschitzGraph:
         )
         self.device = floating.device
         example = example_of(input_shape).to(floating)
-        training = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
+        self._example = example
+        with _evaluating(model):
             root = Root(model)
             graph = trace(root, example)
             _refuse_early(root, graph)
@@ -85,9 +86,6 @@ class LipschitzGraph:
             centres = None if limits is None else self._centres(example[:1], limits)
             start = Input(self.device, limits)
             self._walker = _Walker(root, graph, shapes, centres, start)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
 
     def walk(self) -> Signal:
         """Return the output as the steps that it arises by.
@@ -123,9 +121,16 @@ class LipschitzGraph:
         Both are for gradients: nothing in them is detached.
 
         Raises:
-            UnsupportedModel: what is behind the tensor uses others as well, such as a size.
+            UnsupportedModel: what is behind the tensor uses others as well, such as a size, or the
+                parts do something else than the whole.
         """
-        return cut(self._walker.module, self._walker.graph, node)
+        root, graph = self._walker.module, self._walker.graph
+        before, after = cut(root, graph, node)
+        with _evaluating(root), torch.no_grad():
+            whole = fx.Interpreter(root, graph=graph).run(self._example.clone())
+            if not agree(after(before(self._example.clone())), whole):
+                raise UnsupportedModel(f"the network cannot be cut at node {node!r}")
+        return before, after
 
     def _centres(self, like: Tensor, domain: tuple[float, float]) -> dict[str, tuple[float, float]]:
         """Norms and largest entries of all tensors at the centre of the domain."""
@@ -136,6 +141,18 @@ class LipschitzGraph:
             for node, tensor in tensors.items()
             if tensor.is_floating_point() and tensor.numel()
         }
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put all modules into evaluation mode, and back."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 class _Recorder(fx.Interpreter):
