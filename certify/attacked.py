@@ -32,8 +32,8 @@ class Attacked:
         return (radius >= (1.0 - 1e-3) * self.distance).double().mean().item()
 
     def median_gap(self, radius: Tensor) -> float:
-        """Median of ``1 - radius / distance``."""
-        return (1.0 - radius / self.distance).median().item()
+        """Median of ``1 - radius / distance``, zero where both are infinite."""
+        return (1.0 - radius / self.distance).nan_to_num(nan=0.0).median().item()
 
 
 def attack_all(
