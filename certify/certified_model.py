@@ -20,7 +20,7 @@ from certify.local_radius import local_certificate
 from certify.norms import check_method
 from certify.signal import Signal, UnsupportedModel
 from certify.smooth_radii import SmoothRadii
-from certify.tightening import bound_network
+from certify.tightening import NetworkBound, bound_network
 from certify.tracing import refuse_what_tracing_misses
 
 
@@ -119,11 +119,15 @@ class CertifiedModel:
         return {s: nodes[s.node] for s in self.local.activations() if s.node in nodes}
 
     @cached_property
+    def _unscaled(self) -> NetworkBound:
+        """Bounds of the tensors themselves, for bounds that go further."""
+        scaled = self._tighten == "balance"
+        return bound_network(self._output, self.method, "join") if scaled else self._bound
+
+    @cached_property
     def local(self) -> LocalNetwork:
         """The network as local bounds see it."""
-        scaled = self._tighten == "balance"  # whose bounds are of scaled tensors
-        bound = bound_network(self._output, self.method, "join") if scaled else self._bound
-        return LocalNetwork(bound)
+        return LocalNetwork(self._unscaled)
 
     @cached_property
     @torch.inference_mode(False)
@@ -133,7 +137,8 @@ class CertifiedModel:
         Raises:
             UnsupportedModel: there are none.
         """
-        head = smooth_head(self._graph, self._output, self.method, self._tighten)
+        tighten = "join" if self._tighten == "balance" else self._tighten
+        head = smooth_head(self._graph, self._output, self._unscaled, self.method, tighten)
         return SmoothRadii(head, self.method)
 
     def curvature(self) -> Tensor:

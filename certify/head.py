@@ -41,24 +41,26 @@ class SmoothHead:
     lipschitz: Tensor
 
 
-def smooth_head(graph: LipschitzGraph, output: Signal, method: str, tighten: str) -> SmoothHead:
+def smooth_head(
+    graph: LipschitzGraph, output: Signal, whole: NetworkBound, method: str, tighten: str
+) -> SmoothHead:
     """Find the largest part that ends in the logits and has second derivatives.
 
     Args:
         graph: of the network.
         output: what ``graph.walk()`` returned.
-        method: how convolutions are bounded, see `ff_bounds.conv_bound`.
-        tighten: as in `certify.tightening`; scales between layers are left out.
+        whole: bounds of the network, without scales between its layers.
+        method: how convolutions of its parts are bounded, see `ff_bounds.conv_bound`.
+        tighten: how far their bounds go, as in `certify.tightening`; without scales.
 
     Raises:
         UnsupportedModel: there is no smooth activation behind all that is not smooth.
     """
-    tighten = "join" if tighten == "balance" else tighten
     cut = cut_before_head(output)
     one = torch.ones((), dtype=torch.float64, device=graph.device)
     before, after = graph.split(cut.node)
     if isinstance(cut.step, Input):
-        return SmoothHead(after, bound_network(output, method, tighten), None, one)
+        return SmoothHead(after, whole, None, one)
     start = LipschitzGraph(before, graph.input_shape, graph.domain).walk()
     end = LipschitzGraph(after, cut.shape[1:]).walk()
     lipschitz = bound_network(start, method, tighten).lipschitz
