@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from certify.option_types import Epsilon, Numbers, Setting, Shape
+from certify.train_options import training_options
 
 
 class InputError(click.ClickException):
@@ -29,6 +30,8 @@ def _one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, UnsupportedModel, TrainingDiverged) as error:
         raise InputError(" ".join(str(error).split())) from error
 
+
+DEFAULT_RECIPE = "mnist-5k"
 
 _ARCHITECTURES = "a name, torchvision:NAME, or package.module:factory"
 
@@ -89,68 +92,30 @@ def main() -> None:
 
 
 @main.command(short_help="Train a classifier.")
-@click.option("--dataset", default="mnist-5k", show_default=True, help="A name, or folder:PATH.")
+@click.option(
+    "--recipe",
+    "recipe_name",
+    default=DEFAULT_RECIPE,
+    show_default=True,
+    metavar="NAME",
+    help="What the other options start from; see certify recipes.",
+)
+@click.option("--dataset", help="A name, or folder:PATH.")
 @_common
-@click.option("--model", default="mlp", show_default=True, help=f"Architecture: {_ARCHITECTURES}.")
+@click.option("--model", help=f"Architecture: {_ARCHITECTURES}.")
 @click.option("--set", "settings", type=Setting(), multiple=True, help="Argument of the model.")
-@click.option("--epochs", default=60, show_default=True)
-@click.option("--batch-size", default=128, show_default=True)
-@click.option("--lr", default=3e-3, show_default=True)
-@click.option(
-    "--loss",
-    default="margin",
-    show_default=True,
-    type=click.Choice(["margin", "cross-entropy", "dual", "crt"]),
-    help="dual and crt are for smooth networks.",
-)
-@click.option("--eps", type=Epsilon(), default=0.5, show_default=True, help="Budget of the loss.")
-@click.option(
-    "--ramp", default=0.5, show_default=True, help="Part of the training in which --eps grows."
-)
-@click.option(
-    "--temperature", default=1.0, show_default=True, help="Divides the margins of --loss dual."
-)
-@click.option(
-    "--attack-classes", default=2, show_default=True, help="Other classes that dual attacks."
-)
-@click.option(
-    "--attack-steps", default=2, show_default=True, help="Gradients for each attack point."
-)
-@click.option(
-    "--lipschitz-penalty", default=0.0, metavar="BETA", help="Weight of the sum of layer norms."
-)
-@click.option(
-    "--log-lipschitz-penalty",
-    default=0.0,
-    metavar="LAMBDA",
-    help="Weight of the log of the network's Lipschitz constant.",
-)
-@click.option(
-    "--curvature-penalty",
-    default=0.0,
-    metavar="GAMMA",
-    help="Weight of the curvature bound of label against runner-up.",
-)
-@click.option(
-    "--precision",
-    default="float32",
-    show_default=True,
-    type=click.Choice(["float32", "bfloat16"]),
-    help="Of the network's products in training.",
-)
-@click.option("--hold-out", default=0, metavar="N", help="Leave out the last N training images.")
-@click.option("--seed", default=0, show_default=True)
+@training_options
 @click.option("--out", metavar="DIR", help="Default: runs/DATASET-MODEL.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 def train(
-    dataset: str,
+    recipe_name: str,
+    dataset: str | None,
     data_dir: str | None,
     download: bool,
     device: str,
-    model: str,
+    model: str | None,
     settings: tuple[tuple[str, Any], ...],
-    eps: float,
     out: str | None,
     resume: bool,
     overwrite: bool,
@@ -161,15 +126,18 @@ def train(
         from tqdm import tqdm
 
         from certify.architectures import is_users
+        from certify.recipes import recipe
         from certify.run import RunConfig, run_training
         from certify.training import EpochMetrics, Trainer
-        from certify.training_config import TrainingConfig
 
-        name = f"{dataset}-{model}".replace(":", "-").replace("/", "_")
+        chosen = recipe(recipe_name).changed(dataset, model, dict(settings), training)
+        name = f"{chosen.dataset}-{chosen.model}".replace(":", "-").replace("/", "_")
         folder = Path(out or f"runs/{name}")
-        arch = f" --arch {model}" if is_users(model) else ""
-        config = TrainingConfig(epsilon=eps, **training)
-        run = RunConfig(model, dict(settings), dataset, data_dir, config, device)
+        arch = f" --arch {chosen.model}" if is_users(chosen.model) else ""
+        config = chosen.config()
+        run = RunConfig(
+            chosen.model, dict(chosen.hyperparameters), chosen.dataset, data_dir, config, device
+        )
         with tqdm(unit="step", disable=None, dynamic_ncols=True) as bar:
 
             def start(trainer: Trainer) -> None:
@@ -207,6 +175,14 @@ def _describe(metrics: Any) -> str:
     )
 
 
+@main.command(short_help="List the recipes of certify train.")
+def recipes() -> None:
+    """Print what each recipe stands for, as options of train, and how its result is evaluated."""
+    from certify.recipes import describe
+
+    click.echo(describe())
+
+
 @main.command("eval", short_help="Certify a data set with a trained classifier.")
 @_network
 @click.option("--dataset", help="A name, or folder:PATH; default: that of the training.")
@@ -220,10 +196,9 @@ def _describe(metrics: Any) -> str:
 )
 @click.option(
     "--method",
-    default="fantastic_four",
-    show_default=True,
     type=click.Choice(_METHODS),
-    help="How convolutions are bounded; supremum is the tightest but for best.",
+    help="How convolutions are bounded; supremum is the tightest but for best.  "
+    "[default: as in training, else fantastic_four]",
 )
 @click.option(
     "--tighten",
@@ -258,7 +233,7 @@ def evaluate(
     download: bool,
     device: str,
     eps: tuple[float, ...],
-    method: str,
+    method: str | None,
     tighten: str,
     certificate: str,
     attack: bool,
@@ -292,7 +267,7 @@ def evaluate(
         certified = CertifiedModel(
             network.model.to(choose_device(device)),
             network.input_shape,
-            method=method,
+            method=method or network.method or "fantastic_four",
             tighten=tighten,
             domain=domain,
         )

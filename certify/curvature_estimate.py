@@ -82,6 +82,7 @@ class HeadEstimator(nn.Module):
         model: the module being trained.
         input_shape: shape of one sample.
         seed: of the random start.
+        method: of the norms, see `certify.norms.NetworkEstimator`.
 
     Attributes:
         backbone: from inputs to features, with the model's own layers; ``None`` where the whole
@@ -92,7 +93,13 @@ class HeadEstimator(nn.Module):
         UnsupportedModel: there is no smooth activation behind all that is not smooth.
     """
 
-    def __init__(self, model: nn.Module, input_shape: tuple[int, ...], seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: tuple[int, ...],
+        seed: int = 0,
+        method: str = "fantastic_four",
+    ) -> None:
         super().__init__()
         graph = LipschitzGraph(model, input_shape)
         cut = cut_before_head(graph.walk())
@@ -101,8 +108,8 @@ class HeadEstimator(nn.Module):
         self.head = model
         if not isinstance(cut.step, Input):
             self.backbone, self.head = graph.split(cut.node)
-            self._before = NetworkEstimator(self.backbone, input_shape, seed)
-            self._behind = NetworkEstimator(self.head, cut.shape[1:], seed)
+            self._before = NetworkEstimator(self.backbone, input_shape, seed, method)
+            self._behind = NetworkEstimator(self.head, cut.shape[1:], seed, method)
 
     def forward(self, whole: NetworkEstimate, iterations: int = 1) -> tuple[Tensor, Tensor]:
         """Estimate ``K (C, C)`` of the head and the Lipschitz constant of the backbone.

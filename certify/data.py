@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,46 +198,15 @@ def _folder(path: Path, train: bool) -> ImageData:
                 f"expected images of one size {_size(tensors[0])}, got {_size(image)} in {file}"
             )
         tensors.append(image)
-    labels = torch.tensor(source.targets, dtype=torch.int64)
-    return ImageData(torch.stack(tensors), labels, tuple(source.classes))
+    images, labels = torch.stack(tensors), torch.tensor(source.targets, dtype=torch.int64)
+    if train:  # files are sorted by class; `split` is to leave some of each on both sides
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        images, labels = images[order], labels[order]
+    return ImageData(images, labels, tuple(source.classes))
 
 
 def _size(image: Tensor) -> str:
     return f"{image.shape[1]}x{image.shape[2]}"
-
-
-Augmentation = Callable[[Tensor, torch.Generator], Tensor]
-"""From a float batch ``(N, C, H, W)`` to one of the same shape, on the batch's device."""
-
-
-def shift(amount: int) -> Augmentation:
-    """Shift each image by up to ``amount`` pixels along both axes, filling with zeros."""
-
-    def apply(images: Tensor, generator: torch.Generator) -> Tensor:
-        count, _, height, width = images.shape
-        padded = torch.nn.functional.pad(images, (amount,) * 4)
-        offsets = torch.randint(0, 2 * amount + 1, (2, count), generator=generator)
-        top, left = offsets.to(images.device)
-        rows = top[:, None] + torch.arange(height, device=images.device)
-        columns = left[:, None] + torch.arange(width, device=images.device)
-        sample = torch.arange(count, device=images.device)[:, None, None]
-        moved = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
-        return moved.permute(0, 3, 1, 2).contiguous()
-
-    return apply
-
-
-def flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image left to right with probability one half."""
-    chosen = torch.rand(len(images), generator=generator) < 0.5
-    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
-
-
-def augmentations(dataset: str) -> list[Augmentation]:
-    """Label-preserving augmentations that suit a data set."""
-    if "mnist" in dataset:
-        return [shift(1)] if dataset != "fashion-mnist" else [shift(1), flip]
-    return [shift(4), flip] if dataset.startswith("cifar") else []
 
 
 def images_to_look_at(

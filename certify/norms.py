@@ -13,7 +13,7 @@ from certify.bounding import Bounding, Norms, merged
 from certify.graph import LipschitzGraph
 from certify.operators import Convolution, Matrix, Weighted
 from certify.signal import Affine, Signal, UnsupportedModel
-from ff_bounds import PowerIterationPenalty, conv2d_bound, supremum_bounds
+from ff_bounds import PowerIterationPenalty, SupremumPenalty, conv2d_bound, supremum_bounds
 from ff_bounds.rounding import round_up
 
 
@@ -104,30 +104,45 @@ class NetworkEstimate:
         return margin_lipschitz(self.bounding, self.values, self.norms)
 
 
+PENALTIES: dict[str, type[PowerIterationPenalty | SupremumPenalty]] = {
+    "fantastic_four": PowerIterationPenalty,
+    "supremum": SupremumPenalty,
+}
+"""What follows the bounds of a method through training."""
+
+
 class NetworkEstimator(nn.Module):
     """Follow the norms of a network through training, one power iteration a call.
 
-    The rules are the same as for certificates; only the norm of each operator is replaced by the
-    estimate of `ff_bounds.PowerIterationPenalty`.
+    The rules are the same as for certificates; only the norm of each operator is replaced by an
+    estimate.
 
     Args:
         model: the module being trained; its current parameters are used at each call.
         input_shape: shape of one sample.
         seed: seed of the power iteration's start.
+        method: a key of `PENALTIES`.
 
     Raises:
         UnsupportedModel: a model that cannot be certified cannot be trained for it either.
     """
 
-    def __init__(self, model: nn.Module, input_shape: tuple[int, ...], seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: tuple[int, ...],
+        seed: int = 0,
+        method: str = "fantastic_four",
+    ) -> None:
         super().__init__()
+        self._method = method
         self._graph = LipschitzGraph(model, input_shape)
         with torch.no_grad():
             operators = self._bounding().operators()
-            shapes = [tuple(operator.kernel().shape) for operator in operators]
+            shapes = [tuple(kernel.shape) for kernel in self._kernels(operators)]
         if not shapes:
             raise UnsupportedModel("no convolution or linear layer to estimate the norm of")
-        self._penalty = PowerIterationPenalty(shapes, seed).to(self._graph.device)
+        self._penalty = PENALTIES[method](shapes, seed).to(self._graph.device)
 
     def forward(self, iterations: int = 1) -> NetworkEstimate:
         """Estimate the norms of the model's current weights.
@@ -137,7 +152,10 @@ class NetworkEstimator(nn.Module):
         """
         bounding = self._bounding()
         operators = bounding.operators()
-        norms = estimated_norms(self._penalty, operators, iterations)
+        norms: Tensor = self._penalty(self._kernels(operators), iterations)
+        gains = [operator.gain() for operator in operators]
+        if any(gain != 1.0 for gain in gains):
+            norms = norms * torch.tensor(gains, dtype=norms.dtype, device=norms.device)
         known = dict(zip(operators, norms.to(torch.float64), strict=True))
         # A layer that is used twice is one operator a use.
         return NetworkEstimate(norms, bounding, known.__getitem__)
@@ -145,13 +163,10 @@ class NetworkEstimator(nn.Module):
     def _bounding(self) -> Bounding:
         return Bounding(merged(self._graph.walk()))
 
-
-def estimated_norms(
-    penalty: PowerIterationPenalty, operators: Sequence[Weighted], iterations: int
-) -> Tensor:
-    """Estimate the norms ``(operators,)`` of these operators by steps of power iteration."""
-    norms: Tensor = penalty([operator.kernel() for operator in operators], iterations)
-    gains = [operator.gain() for operator in operators]
-    if any(gain != 1.0 for gain in gains):
-        norms = norms * torch.tensor(gains, dtype=norms.dtype, device=norms.device)
-    return norms
+    def _kernels(self, operators: Sequence[Weighted]) -> list[Tensor]:
+        if self._method == "fantastic_four":
+            return [operator.kernel() for operator in operators]
+        return [
+            operator.exact_kernel() if isinstance(operator, Convolution) else operator.kernel()
+            for operator in operators
+        ]

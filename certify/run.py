@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from certify import architectures
+from certify.augmentation import augmentations
 from certify.checkpoints import Checkpoint, CheckpointError, load_checkpoint
-from certify.data import augmentations, load
+from certify.data import load
 from certify.files import write_text
 from certify.training import EpochMetrics, Trainer
 from certify.training_config import TrainingConfig
@@ -96,10 +97,11 @@ def run_training(
         input_shape=data.input_shape,
         num_classes=len(data.classes),
     )
+    augment = augmentations(config.training.augment, config.dataset)
     model = architectures.build(config.model, hyperparameters).to(device)
     settings = _settings(config, hyperparameters)
     _refuse_other_state(model)
-    trainer = Trainer(model, data, config.training, augmentations(config.dataset))
+    trainer = Trainer(model, data, config.training, augment)
 
     history: list[EpochMetrics] = []
     if resume and path.exists():
@@ -119,17 +121,20 @@ def run_training(
         config.data_dir,
         asdict(config.training),
     )
-    while trainer.epoch < config.training.epochs:
+    finished = trainer.finished
+    while not finished:
         metrics = trainer.run_epoch(on_step)
         history.append(metrics)
-        finished = trainer.epoch == config.training.epochs
-        progress = None if finished else trainer.state_dict()
-        if progress is not None:
-            del progress["model"]  # the checkpoint's own state_dict
-            progress["history"] = [asdict(entry) for entry in history]
-        weights = model.state_dict()  # which also carries the modules' versions
+        finished = trainer.finished
+        weights = trainer.result.state_dict()  # which also carries the modules' versions
         for name in weights:
             weights[name] = weights[name].cpu()
+        progress = None
+        if not finished:
+            progress = trainer.state_dict()
+            if trainer.result is trainer.model:
+                del progress["model"]  # the checkpoint's own state_dict
+            progress["history"] = [asdict(entry) for entry in history]
         checkpoint = replace(checkpoint, state_dict=weights, progress=progress)
         checkpoint.save(path)
         write_text(out / "metrics.csv", _table(history))
@@ -167,7 +172,7 @@ def _continue(
     try:
         state = dict(checkpoint.progress)
         history = [EpochMetrics(**entry) for entry in state.pop("history")]
-        trainer.load_state_dict({**state, "model": checkpoint.state_dict})
+        trainer.load_state_dict({"model": checkpoint.state_dict, **state})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"cannot resume {path}: {reason}") from error

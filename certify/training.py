@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from certify.augmentation import Augmentation
 from certify.curvature_estimate import HeadEstimator
-from certify.data import Augmentation, ImageData, pixels
+from certify.data import ImageData, pixels
 from certify.dual_training import dual_points, worst_logits
 from certify.losses import LOSSES
 from certify.norms import NetworkEstimator
+from certify.optimisation import Clock, budget, learning_rate, make_optimizer
 from certify.signal import UnsupportedModel
 from certify.training_config import SECOND_ORDER_LOSSES, TrainingConfig
 
@@ -69,25 +74,48 @@ class Trainer:
         self._device = trained[0].device
         self._images = data.images.to(self._device)
         self._labels = data.labels.to(self._device)
-        self._estimator = NetworkEstimator(model, data.input_shape, config.seed)
+        shape, seed, method = data.input_shape, config.seed, config.method
+        self._estimator = NetworkEstimator(model, shape, seed, method)
         _check_logits(model, pixels(self._images[:1]), self._labels)
-        self._optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-        self._generator = torch.Generator().manual_seed(config.seed)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._forward = torch.compile(model) if config.compile else model
+        self._optimizer = make_optimizer(config, trained)
+        self._trained = trained
+        self._average: AveragedModel | None = None
+        if config.ema:
+            average = get_ema_multi_avg_fn(config.ema)
+            self._average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self._generator = torch.Generator().manual_seed(seed)
         self._smooth: HeadEstimator | None = None
         if config.needs_curvature:
-            self._smooth = HeadEstimator(model, data.input_shape, config.seed)
+            self._smooth = HeadEstimator(model, shape, seed, method)
         with torch.no_grad():  # from a random start to usable estimates
             estimate = self._estimator(iterations=30)
             if self._smooth is not None:
                 self._smooth(estimate, iterations=30)
+        arguments = inspect.signature(LOSSES.get(config.loss, F.cross_entropy)).parameters
+        own = {"temperature": config.temperature, "trade_off": config.trade_off}
+        self._loss_arguments = {name: value for name, value in own.items() if name in arguments}
+        self._clock = Clock(config.epochs * self.steps_per_epoch, config.max_minutes)
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of batches; a last incomplete one counts."""
         return math.ceil(len(self._labels) / self.config.batch_size)
 
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or the time is over."""
+        return self._clock.done(self.epoch * self.steps_per_epoch) >= 1.0
+
+    @property
+    def result(self) -> nn.Module:
+        """The trained network: the model, or the average of its weights."""
+        return self.model if self._average is None else self._average.module
+
     def run_epoch(self, on_step: Callable[[EpochMetrics], None] | None = None) -> EpochMetrics:
-        """Train for one epoch.
+        """Train for one epoch, or until the time is over.
 
         Args:
             on_step: called after each step with the means so far.
@@ -97,13 +125,16 @@ class Trainer:
         """
         self.model.train()
         order = torch.randperm(len(self._labels), generator=self._generator).to(self._device)
-        total = self.config.epochs * self.steps_per_epoch
         sums = torch.zeros(4, dtype=torch.float64)
         seen = 0
         metrics = EpochMetrics(self.epoch, math.nan, 0.0, 0.0, 0.0)
         for index, chosen in enumerate(order.split(self.config.batch_size)):
-            done = (self.epoch * self.steps_per_epoch + index) / total
-            sums += torch.tensor(self._step(chosen, done), dtype=torch.float64) * len(chosen)
+            done = self._clock.done(self.epoch * self.steps_per_epoch + index)
+            if done >= 1.0 and seen:
+                break
+            with parametrize.cached():  # weights that are computed from others, once a step
+                found = self._step(chosen, done)
+            sums += torch.tensor(found, dtype=torch.float64) * len(chosen)
             seen += len(chosen)
             metrics = EpochMetrics(self.epoch, *(sums / seen).tolist())
             if on_step is not None:
@@ -115,12 +146,14 @@ class Trainer:
         """Make one step at fraction ``done`` of the run; return the batch's metrics."""
         config = self.config
         for group in self._optimizer.param_groups:
-            group["lr"] = config.lr * _learning_rate(done)
-        epsilon = config.epsilon * (min(1.0, done / config.ramp) if config.ramp else 1.0)
+            group["lr"] = learning_rate(config, done)
+        epsilon = budget(config, done)
 
         x, labels = pixels(self._images[chosen]), self._labels[chosen]
         for augmentation in self._augment:
             x = augmentation(x, self._generator)
+        if config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         features = self._features(x)
         logits = self._logits(features)
         if not isinstance(logits, Tensor):
@@ -131,7 +164,8 @@ class Trainer:
             curvature, scale = self._smooth(estimate)
         if config.loss in LOSSES:
             bounds = estimate.margin_lipschitz()
-            loss = LOSSES[config.loss](logits, labels, bounds, epsilon)
+            own = self._loss_arguments
+            loss = LOSSES[config.loss](logits, labels, bounds, epsilon, **own)
             worst = logits + config.epsilon * bounds.to(logits.dtype)[labels]
         else:
             assert curvature is not None
@@ -144,16 +178,10 @@ class Trainer:
         if config.log_lipschitz_penalty:
             loss = loss + config.log_lipschitz_penalty * lipschitz.log()
         if config.curvature_penalty and curvature is not None:
-            own = F.one_hot(labels, logits.shape[1]).bool()
-            runner_up = logits.detach().masked_fill(own, -torch.inf).argmax(dim=1)
+            own_class = F.one_hot(labels, logits.shape[1]).bool()
+            runner_up = logits.detach().masked_fill(own_class, -torch.inf).argmax(dim=1)
             loss = loss + config.curvature_penalty * curvature[labels, runner_up].mean()
-        if not bool(torch.isfinite(loss)):
-            raise TrainingDiverged(
-                f"the loss became {loss.item()} in epoch {self.epoch + 1}; try a smaller --lr"
-            )
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self._optimizer.step()
+        self._update(loss)
 
         with torch.no_grad():
             right = logits.argmax(dim=1) == labels
@@ -164,6 +192,20 @@ class Trainer:
                 safe.double().mean().item(),
                 lipschitz.item(),
             )
+
+    def _update(self, loss: Tensor) -> None:
+        """Change the weights by the gradient of the loss."""
+        if not bool(torch.isfinite(loss)):
+            raise TrainingDiverged(
+                f"the loss became {loss.item()} in epoch {self.epoch + 1}; try a smaller --lr"
+            )
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.clip_norm:
+            nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm)
+        self._optimizer.step()
+        if self._average is not None:
+            self._average.update_parameters(self.model)
 
     def _features(self, x: Tensor) -> Tensor:
         """What enters the part of the network that attacks are about: inputs, or features."""
@@ -177,10 +219,11 @@ class Trainer:
     def _logits(self, features: Tensor) -> Any:
         """The network's result for what `_features` returned."""
         attacked = self.config.loss in SECOND_ORDER_LOSSES
-        head = self._smooth.head if attacked and self._smooth is not None else self.model
-        return self._computed(head, features)
+        if attacked and self._smooth is not None and self._smooth.head is not self.model:
+            return self._computed(self._smooth.head, features)
+        return self._computed(self._forward, features)
 
-    def _computed(self, module: nn.Module, x: Tensor) -> Any:
+    def _computed(self, module: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A module's result, in float32 whatever it is computed in."""
         if self.config.precision == "float32":
             return module(x)
@@ -215,7 +258,9 @@ class Trainer:
         """Return what `load_state_dict` needs to go on as if nothing had happened."""
         return {
             "epoch": self.epoch,
+            "seconds": self._clock.seconds,
             "model": self.model.state_dict(),
+            "average": None if self._average is None else self._average.state_dict(),
             "estimator": self._estimator.state_dict(),
             "smooth": None if self._smooth is None else self._smooth.get_extra_state(),
             "optimizer": self._optimizer.state_dict(),
@@ -226,6 +271,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a run from what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
         self._estimator.load_state_dict(state["estimator"])
         if self._smooth is not None:
             self._smooth.set_extra_state(state["smooth"])
@@ -233,6 +280,7 @@ class Trainer:
         self._generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_generator"])
         self.epoch = state["epoch"]
+        self._clock.restart(state["seconds"])
 
 
 def train(
@@ -244,7 +292,12 @@ def train(
 ) -> list[EpochMetrics]:
     """Train ``model`` in place and return the metrics of each epoch; see `Trainer`."""
     trainer = Trainer(model, data, config, augment)
-    return [trainer.run_epoch() for _ in range(config.epochs)]
+    metrics = []
+    while not trainer.finished:
+        metrics.append(trainer.run_epoch())
+    if trainer.result is not model:
+        model.load_state_dict(trainer.result.state_dict())
+    return metrics
 
 
 def _check_logits(model: nn.Module, x: Tensor, labels: Tensor) -> None:
@@ -265,11 +318,3 @@ def _check_logits(model: nn.Module, x: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"the model has {logits.shape[1]} classes, the data has a label {int(labels.max())}"
         )
-
-
-def _learning_rate(done: float) -> float:
-    """Fraction of the peak learning rate: a linear warm-up over a tenth, then a cosine."""
-    warm = 0.1
-    if done < warm:
-        return (done + 0.01) / (warm + 0.01)
-    return 0.5 * (1.0 + math.cos(math.pi * (done - warm) / (1.0 - warm)))

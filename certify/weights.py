@@ -38,6 +38,7 @@ class LoadedNetwork:
         input_shape: shape of one input.
         dataset: the data that it was trained on; ``None`` if unknown.
         data_dir: where these were found, if it matters.
+        method: the bound of convolutions that its training followed; ``None`` if unknown.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class LoadedNetwork:
     input_shape: tuple[int, ...]
     dataset: str | None = None
     data_dir: str | None = None
+    method: str | None = None
 
 
 def load_network(
@@ -137,6 +139,7 @@ def _from_checkpoint(
         checkpoint.input_shape if input_shape is None else tuple(input_shape),
         checkpoint.dataset,
         checkpoint.data_dir,
+        checkpoint.config.get("method"),
     )
 
 

@@ -2,7 +2,8 @@
 
 Tensors in, float64 scalars out. A name that ends in ``_bound`` is a promise: the value is at least
 the exact norm of the stored weights, floating-point rounding included. What carries another name
-(`PowerIterationPenalty`, `spectral_norm`, `tensor_norm_estimate`) promises less, and says so.
+(`PowerIterationPenalty`, `SupremumPenalty`, `spectral_norm`, `tensor_norm_estimate`) promises less,
+and says so.
 """
 
 from ff_bounds.circular import circular_bound, circular_bracket
@@ -39,6 +40,7 @@ from ff_bounds.supremum import (
     supremum_bracket,
     supremum_brackets,
 )
+from ff_bounds.supremum_penalty import SupremumPenalty
 from ff_bounds.tensor_norm import tensor_norm_bound, tensor_norm_estimate
 from ff_bounds.unfoldings import Unfoldings, unfoldings, unit_stride_kernel
 
@@ -46,6 +48,7 @@ __all__ = [
     "FourBounds",
     "NormBracket",
     "PowerIterationPenalty",
+    "SupremumPenalty",
     "Unfoldings",
     "circular_bound",
     "circular_bracket",

@@ -14,8 +14,16 @@ from torch import nn
 
 from models.activations import ACTIVATIONS, MaxMin, make_activation
 from models.convnets import conv_2c2f, conv_4c3f, convnet
+from models.liresnet import liresnet
 from models.mlp import mlp
 from models.normalize import Normalize
+from models.parametrizations import (
+    AlmostOrthogonal,
+    IdentityPlus,
+    Orthonormal,
+    UnitRows,
+    parametrized,
+)
 from models.resnet import BasicBlock, resnet, resnet18
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -27,6 +35,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"conv{depth}": partial(convnet, depth=depth) for depth in (2, 3, 4)},
     "2c2f": conv_2c2f,
     "4c3f": conv_4c3f,
+    "liresnet": liresnet,
     "resnet18": resnet18,
     "resnet20": partial(resnet, depth=20),
     "resnet32": partial(resnet, depth=32),
@@ -52,7 +61,7 @@ def build(name: str, **hyperparameters: Any) -> nn.Module:
         Traceback (most recent call last):
         ...
         ValueError: expected model to be one of mlp, 2x1024, 3x1024, 4x1024, conv2, conv3, conv4, \
-2c2f, 4c3f, resnet18, resnet20, resnet32, resnet56, got 'resnet17'
+2c2f, 4c3f, liresnet, resnet18, resnet20, resnet32, resnet56, got 'resnet17'
     """
     if name not in MODELS:
         raise ValueError(f"expected model to be one of {', '.join(MODELS)}, got {name!r}")
@@ -68,15 +77,21 @@ def build(name: str, **hyperparameters: Any) -> nn.Module:
 __all__ = [
     "ACTIVATIONS",
     "MODELS",
+    "AlmostOrthogonal",
     "BasicBlock",
+    "IdentityPlus",
     "MaxMin",
     "Normalize",
+    "Orthonormal",
+    "UnitRows",
     "build",
     "conv_2c2f",
     "conv_4c3f",
     "convnet",
+    "liresnet",
     "make_activation",
     "mlp",
+    "parametrized",
     "resnet",
     "resnet18",
 ]

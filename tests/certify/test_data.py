@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from certify.data import DataError, augmentations, flip, load, num_classes, pixels, shift
+from certify.augmentation import augmentations, flip, shift
+from certify.data import DataError, load, num_classes, pixels
 
 WritePng = Callable[[Path, tuple[int, int], int], None]
 
@@ -124,8 +125,8 @@ def test_flip_mirrors_half_of_the_images() -> None:
 
 
 def test_augmentations_keep_labels() -> None:
-    assert augmentations("mnist-5k")
-    assert augmentations("folder:somewhere") == []
+    assert augmentations("auto", "mnist-5k")
+    assert augmentations("auto", "folder:somewhere") == []
 
 
 def test_number_of_classes_without_the_images(tmp_path: Path, write_png: WritePng) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 
 import models
 from certify import CertifiedModel, TrainingConfig, UnsupportedModel, train
-from certify.data import ImageData, load, shift
+from certify.augmentation import shift
+from certify.data import ImageData, load
 from certify.training import Trainer, TrainingDiverged
 
 

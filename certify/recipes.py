@@ -1,0 +1,126 @@
+"""Named settings of whole trainings.
+
+Each is data: what to train on what, and how. Options on the command line go before a recipe's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from certify.train_options import option_name
+from certify.training_config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a training.
+
+    Attributes:
+        about: what it is for, in a line.
+        dataset: name for `certify.data.load`.
+        model: name for `certify.architectures.build`.
+        hyperparameters: of the model.
+        training: fields of `TrainingConfig`; those that are missing keep their defaults.
+        evaluation: options of ``certify eval`` that go with it.
+    """
+
+    about: str
+    dataset: str
+    model: str
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: str = ""
+
+    def config(self) -> TrainingConfig:
+        """The training's settings.
+
+        Raises:
+            ValueError: see `TrainingConfig`.
+        """
+        return TrainingConfig(**self.training)
+
+    def changed(
+        self,
+        dataset: str | None,
+        model: str | None,
+        hyperparameters: Mapping[str, Any],
+        training: Mapping[str, Any],
+    ) -> Recipe:
+        """This recipe with what was asked for in place of its own; ``None`` changes nothing.
+
+        Another model does not get the hyperparameters of the recipe's own.
+        """
+        kept = self.hyperparameters if model in (None, self.model) else {}
+        asked = {name: value for name, value in training.items() if value is not None}
+        return replace(
+            self,
+            dataset=dataset or self.dataset,
+            model=model or self.model,
+            hyperparameters={**kept, **hyperparameters},
+            training={**self.training, **asked},
+        )
+
+
+_CIFAR = {
+    "optimizer": "nadam",
+    "lr": 2e-3,
+    "warm_up": 0.05,
+    "clip_norm": 3.0,
+    "augment": "shift:4,flip",
+    "loss": "emma",
+    "epsilon": 72 / 255,
+    "epsilon_start": 3.6 / 255,
+    "method": "supremum",
+    "precision": "bfloat16",
+}
+
+RECIPES: dict[str, Recipe] = {
+    "mnist-5k": Recipe(
+        "the demo: half a minute on two CPU cores, no download",
+        dataset="mnist-5k",
+        model="mlp",
+        training={"epochs": 60, "batch_size": 128, "lr": 3e-3},
+        evaluation="--eps 0.5",
+    ),
+    "cifar10-small": Recipe(
+        "two CPU cores, 90 minutes",
+        dataset="cifar10",
+        model="liresnet",
+        hyperparameters={"width": 48, "depth": [2, 5], "dense": [256]},
+        training={**_CIFAR, "epochs": 160},
+        evaluation="--eps 36/255 --eps 72/255 --eps 108/255 --eps 1",
+    ),
+}
+"""By the names that ``certify train --recipe`` takes."""
+
+
+def recipe(name: str) -> Recipe:
+    """Return a recipe by name.
+
+    Raises:
+        ValueError: an unknown name; the message lists all.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"expected recipe to be one of {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]
+
+
+def describe() -> str:
+    """All recipes as a text of one screen: what each is for and the options that it stands for."""
+    return "\n\n".join(
+        f"{name}: {found.about}\n  certify train {_options(found)}\n"
+        f"  certify eval {found.evaluation}"
+        for name, found in RECIPES.items()
+    )
+
+
+def _options(found: Recipe) -> str:
+    words = [f"--dataset {found.dataset} --model {found.model}"]
+    words += [f'--set "{key}={value}"' for key, value in found.hyperparameters.items()]
+    for name, value in found.training.items():
+        option = option_name(name)
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        words.append(option if value is True else f"{option} {shown}")
+    return " ".join(words)

@@ -1,0 +1,172 @@
+"""Weights that a layer computes from others, for `torch.nn.utils.parametrize`.
+
+Each is named after what it makes of a weight; none is believed to do so exactly: certificates
+measure the weight that comes out. They compute in the weight's own precision, also under autocast.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+def parametrized(layer: _Layer, parametrization: nn.Module) -> _Layer:
+    """Register a parametrization of a layer's weight, and return the layer.
+
+    Example:
+        >>> layer = parametrized(nn.Linear(3, 2), UnitRows())
+        >>> bool((layer.weight.norm(dim=1) - 1).abs().max() < 1e-6)
+        True
+    """
+    parametrize.register_parametrization(layer, "weight", parametrization)
+    return layer
+
+
+def _in_own_precision(forward: Any) -> Any:
+    @wraps(forward)
+    def wrapped(self: nn.Module, weight: Tensor) -> Tensor:
+        kind = weight.device.type
+        if not torch.amp.is_autocast_available(kind):  # such as on the device "meta"
+            kind = "cpu"
+        with torch.autocast(kind, enabled=False):
+            result: Tensor = forward(self, weight)
+        return result
+
+    return wrapped
+
+
+class IdentityPlus(nn.Module):
+    """The identity plus ``scale`` times a kernel: the linear residual convolution of LiResNet.
+
+    ``x + scale conv(x)`` is one convolution, so that its norm can be bounded as a whole, instead of
+    by one plus the norm of the branch. Kernels are ``(c, c, *taps)`` with odd taps, for a padding
+    that keeps the size, or matrices ``(c, c)``.
+
+    Args:
+        scale: factor of the kernel; ``depth**-0.5`` keeps a network of so many layers near the
+            identity at the start.
+
+    References:
+        K. Hu, A. Zou, Z. Wang, K. Leino, M. Fredrikson, Unlocking Deterministic Robustness
+        Certification on ImageNet, NeurIPS 2023, section 3 (LiResNet).
+
+    Example:
+        >>> conv = parametrized(nn.Conv2d(2, 2, 3, padding=1, bias=False), IdentityPlus(0.0))
+        >>> x = torch.rand(1, 2, 4, 4)
+        >>> torch.equal(conv(x), x)
+        True
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the whole kernel; raise ``ValueError`` if there is no identity of its shape."""
+        rows, columns, *taps = weight.shape
+        if rows != columns or any(count % 2 == 0 for count in taps):
+            raise ValueError(f"expected a kernel (c, c, odd, ...), got {tuple(weight.shape)}")
+        identity = torch.eye(rows, dtype=weight.dtype, device=weight.device)
+        around = [amount for count in reversed(taps) for amount in (count // 2, count // 2)]
+        identity = F.pad(identity.reshape(rows, rows, *[1] * len(taps)), around)
+        return identity + self.scale * weight
+
+
+class Orthonormal(nn.Module):
+    r"""Orthonormal rows of a matrix, or columns where there are fewer of these.
+
+    ``L^{-1} W`` with the Cholesky factor ``L L^T = W W^T``: Gram-Schmidt from the first row on, as
+    matrix products. A kernel of one tap is taken as a matrix.
+
+    References:
+        K. Hu et al., A Recipe for Improved Certifiable Robustness, ICLR 2024 (orthogonal dense
+        layers by Cholesky, "CHORD").
+
+    Example:
+        >>> layer = parametrized(nn.Linear(5, 3), Orthonormal())
+        >>> torch.allclose(layer.weight @ layer.weight.T, torch.eye(3), atol=1e-5)
+        True
+    """
+
+    @_in_own_precision
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the orthonormal matrix; raise ``ValueError`` for a kernel of several taps."""
+        matrix = weight.flatten(1)
+        if matrix.shape[1] != weight.shape[1]:
+            raise ValueError(f"expected a matrix or kernel of one tap, got {tuple(weight.shape)}")
+        if matrix.shape[0] > matrix.shape[1]:
+            return _orthonormal_rows(matrix.mT).mT.reshape(weight.shape)
+        return _orthonormal_rows(matrix).reshape(weight.shape)
+
+
+def _orthonormal_rows(matrix: Tensor) -> Tensor:
+    gram = matrix @ matrix.mT
+    # Positive definite in rounded arithmetic too: the rows come out shorter by this fraction.
+    jitter = 8.0 * torch.finfo(gram.dtype).eps * gram.diagonal().detach().mean()
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky(gram + jitter * identity)
+    rows: Tensor = torch.linalg.solve_triangular(factor, matrix, upper=False)
+    return rows
+
+
+class AlmostOrthogonal(nn.Module):
+    r"""Rescaled input channels that make a kernel a contraction (AOL).
+
+    With ``t_i = sum_j sum_s |(W * W^T)_{ij, s}|``, the sum of the absolute entries of row ``i`` of
+    the kernel of ``W^T W``, ``W diag(t)^{-1/2}`` has norm at most one on the infinite lattice and
+    under zero padding: ``diag(t) - W^T W`` is diagonally dominant.
+
+    References:
+        B. Prach, C. Lampert, Almost-Orthogonal Layers for Efficient General-Purpose Lipschitz
+        Networks, ECCV 2022, theorems 1 and 2.
+
+    Example:
+        >>> layer = parametrized(nn.Linear(5, 3), AlmostOrthogonal())
+        >>> bool(torch.linalg.matrix_norm(layer.weight, ord=2) <= 1 + 1e-6)
+        True
+    """
+
+    @_in_own_precision
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the rescaled matrix, or kernel with one to three axes of taps."""
+        factors = almost_orthogonal_scale(weight)
+        return weight * factors.reshape(1, -1, *[1] * (weight.ndim - 2))
+
+
+def almost_orthogonal_scale(weight: Tensor) -> Tensor:
+    """``t^{-1/2}`` of `AlmostOrthogonal`, ``(c_in,)``; one for a channel without weights."""
+    taps = weight.shape[2:]
+    if taps:
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(taps) - 1]
+        columns = weight.transpose(0, 1)
+        gram = convolve(columns, columns, padding=[count - 1 for count in taps])
+    else:
+        gram = weight.mT @ weight
+    sums = gram.abs().flatten(1).sum(dim=1)
+    return torch.where(sums > 0, sums, 1.0).rsqrt()
+
+
+class UnitRows(nn.Module):
+    """Rows of length one: the normalised last layer of a classifier.
+
+    Between normalised rows the differences of two logits have Lipschitz constants of at most twice
+    that of the features, and no class can win margins by the length of its row.
+
+    References:
+        S. Singla, S. Singla, S. Feizi, Improved deterministic l2 robustness on CIFAR-10 and
+        CIFAR-100, ICLR 2022, section 4 (last layer normalization).
+    """
+
+    @_in_own_precision
+    def forward(self, weight: Tensor) -> Tensor:
+        """Divide each row ``weight[i]`` by its L2 norm; a zero row stays zero."""
+        norms = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+        norms = torch.where(norms > 0, norms, 1.0)
+        return weight / norms.reshape(-1, *[1] * (weight.ndim - 1))
