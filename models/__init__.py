@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from models.activations import ACTIVATIONS, MaxMin, make_activation
+from models.block_reflector import BlockReflectorConv2d
 from models.convnets import conv_2c2f, conv_4c3f, convnet
 from models.liresnet import liresnet
 from models.mlp import mlp
@@ -25,6 +26,7 @@ from models.parametrizations import (
     parametrized,
 )
 from models.resnet import BasicBlock, resnet, resnet18
+from models.sll import SLLConv2d
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
@@ -79,10 +81,12 @@ __all__ = [
     "MODELS",
     "AlmostOrthogonal",
     "BasicBlock",
+    "BlockReflectorConv2d",
     "IdentityPlus",
     "MaxMin",
     "Normalize",
     "Orthonormal",
+    "SLLConv2d",
     "UnitRows",
     "build",
     "conv_2c2f",

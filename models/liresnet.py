@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from models.activations import make_activation
+from models.block_reflector import BlockReflectorConv2d
 from models.normalize import Normalize
 from models.parametrizations import (
     AlmostOrthogonal,
@@ -16,8 +17,9 @@ from models.parametrizations import (
     UnitRows,
     parametrized,
 )
+from models.sll import SLLConv2d
 
-BLOCKS = ("residual", "aol", "plain")
+BLOCKS = ("residual", "aol", "sll", "reflector", "plain")
 """What `liresnet` can be made of."""
 
 
@@ -49,7 +51,8 @@ def liresnet(
         depth: blocks of each stage.
         dense: widths of the dense layers.
         block: ``"residual"``: 3x3 convolutions `IdentityPlus`; ``"aol"``: `AlmostOrthogonal`;
-            ``"plain"``: as torch makes them.
+            ``"plain"``: as torch makes them; ``"reflector"``: `BlockReflectorConv2d`; ``"sll"``:
+            `SLLConv2d`, which have their own activation.
         head: another activation for the last hidden layer, e.g. ``"softplus"``: a smooth head on
             the layers before it, with certificates by its second derivatives.
         mean: per channel, for the first layer `Normalize`; a half by default.
@@ -90,7 +93,9 @@ def liresnet(
         layers.append(make_activation(activation))
         channels = wide
         for _ in range(count):
-            layers += [_block(block, wide, sum(depth)), make_activation(activation)]
+            layers.append(_block(block, wide, sum(depth)))
+            if block != "sll":
+                layers.append(make_activation(activation))
     layers.append(nn.Flatten())
     features = channels * math.prod(length // 2 ** len(depth) for length in size)
     for wide in dense:
@@ -104,6 +109,10 @@ def liresnet(
 
 
 def _block(kind: str, channels: int, depth: int) -> nn.Module:
+    if kind == "sll":
+        return SLLConv2d(channels)
+    if kind == "reflector":
+        return BlockReflectorConv2d(channels)
     conv = _started(nn.Conv2d(channels, channels, 3, padding=1))
     if kind == "residual":
         return parametrized(conv, IdentityPlus(depth**-0.5))

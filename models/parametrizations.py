@@ -6,8 +6,10 @@ measure the weight that comes out. They compute in the weight's own precision, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from itertools import chain
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +31,22 @@ def parametrized(layer: _Layer, parametrization: nn.Module) -> _Layer:
     return layer
 
 
-def _in_own_precision(forward: Any) -> Any:
-    @wraps(forward)
-    def wrapped(self: nn.Module, weight: Tensor) -> Tensor:
-        kind = weight.device.type
+_Method = TypeVar("_Method", bound=Callable[..., Tensor])
+
+
+def in_own_precision(method: _Method) -> _Method:
+    """Keep a module's method, which computes with its weights, out of autocast."""
+
+    @wraps(method)
+    def wrapped(self: nn.Module, *arguments: Any) -> Tensor:
+        tensor = next(chain(self.parameters(), filter(torch.is_tensor, arguments)))
+        kind = tensor.device.type
         if not torch.amp.is_autocast_available(kind):  # such as on the device "meta"
             kind = "cpu"
         with torch.autocast(kind, enabled=False):
-            result: Tensor = forward(self, weight)
-        return result
+            return method(self, *arguments)
 
-    return wrapped
+    return cast(_Method, wrapped)
 
 
 class IdentityPlus(nn.Module):
@@ -95,7 +102,7 @@ class Orthonormal(nn.Module):
         True
     """
 
-    @_in_own_precision
+    @in_own_precision
     def forward(self, weight: Tensor) -> Tensor:
         """Return the orthonormal matrix; raise ``ValueError`` for a kernel of several taps."""
         matrix = weight.flatten(1)
@@ -133,7 +140,7 @@ class AlmostOrthogonal(nn.Module):
         True
     """
 
-    @_in_own_precision
+    @in_own_precision
     def forward(self, weight: Tensor) -> Tensor:
         """Return the rescaled matrix, or kernel with one to three axes of taps."""
         factors = almost_orthogonal_scale(weight)
@@ -164,7 +171,7 @@ class UnitRows(nn.Module):
         CIFAR-100, ICLR 2022, section 4 (last layer normalization).
     """
 
-    @_in_own_precision
+    @in_own_precision
     def forward(self, weight: Tensor) -> Tensor:
         """Divide each row ``weight[i]`` by its L2 norm; a zero row stays zero."""
         norms = torch.linalg.vector_norm(weight.flatten(1), dim=1)
