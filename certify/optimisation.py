@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from certify.muon import Muon
 from certify.training_config import TrainingConfig
 
 
-def make_optimizer(
-    config: TrainingConfig, parameters: Iterable[nn.Parameter]
-) -> torch.optim.Optimizer:
-    """Return the optimizer that ``config`` names."""
+def make_optimizers(
+    config: TrainingConfig, parameters: Sequence[nn.Parameter]
+) -> list[torch.optim.Optimizer]:
+    """Return the optimizer that ``config`` names; with ``"muon"`` a second one for vectors."""
     betas = (config.momentum, 0.999)
     decay = config.weight_decay
+    if config.optimizer == "muon":
+        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+        vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+        found: list[torch.optim.Optimizer] = []
+        if matrices:
+            found.append(Muon(matrices, config.lr, config.momentum, decay))
+        if vectors:
+            found.append(torch.optim.NAdam(vectors, config.lr))
+        return found
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             parameters,
             config.lr,
             momentum=config.momentum,
             nesterov=config.momentum > 0,
             weight_decay=decay,
         )
+        return [sgd]
     if config.optimizer == "nadam":
-        return torch.optim.NAdam(
+        nadam = torch.optim.NAdam(
             parameters, config.lr, betas, weight_decay=decay, decoupled_weight_decay=True
         )
+        return [nadam]
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, config.lr, betas, weight_decay=decay)
+    return [kind(parameters, config.lr, betas, weight_decay=decay)]
 
 
 class Clock:

@@ -20,7 +20,7 @@ from certify.data import ImageData, pixels
 from certify.dual_training import dual_points, worst_logits
 from certify.losses import LOSSES
 from certify.norms import NetworkEstimator
-from certify.optimisation import Clock, budget, learning_rate, make_optimizer
+from certify.optimisation import Clock, budget, learning_rate, make_optimizers
 from certify.signal import UnsupportedModel
 from certify.training_config import SECOND_ORDER_LOSSES, TrainingConfig
 
@@ -33,7 +33,8 @@ class TrainingDiverged(RuntimeError):  # noqa: N818 - the name says what happene
 class EpochMetrics:
     """Means over the batches of one epoch, as the network was while it learned.
 
-    The last two rest on estimated norms: indications for whoever watches, not certificates.
+    Certified accuracy and Lipschitz constant rest on estimated norms: indications for whoever
+    watches, not certificates. The seconds are those since the training's start.
     """
 
     epoch: int
@@ -41,6 +42,7 @@ class EpochMetrics:
     clean_accuracy: float
     certified_accuracy_estimate: float
     lipschitz_estimate: float
+    seconds: float = 0.0
 
 
 class Trainer:
@@ -80,7 +82,7 @@ class Trainer:
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._forward = torch.compile(model) if config.compile else model
-        self._optimizer = make_optimizer(config, trained)
+        self._optimizers = make_optimizers(config, trained)
         self._trained = trained
         self._average: AveragedModel | None = None
         if config.ema:
@@ -136,7 +138,7 @@ class Trainer:
                 found = self._step(chosen, done)
             sums += torch.tensor(found, dtype=torch.float64) * len(chosen)
             seen += len(chosen)
-            metrics = EpochMetrics(self.epoch, *(sums / seen).tolist())
+            metrics = EpochMetrics(self.epoch, *(sums / seen).tolist(), self._clock.seconds)
             if on_step is not None:
                 on_step(metrics)
         self.epoch += 1
@@ -145,8 +147,9 @@ class Trainer:
     def _step(self, chosen: Tensor, done: float) -> tuple[float, float, float, float]:
         """Make one step at fraction ``done`` of the run; return the batch's metrics."""
         config = self.config
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(config, done)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, done)
         epsilon = budget(config, done)
 
         x, labels = pixels(self._images[chosen]), self._labels[chosen]
@@ -199,11 +202,13 @@ class Trainer:
             raise TrainingDiverged(
                 f"the loss became {loss.item()} in epoch {self.epoch + 1}; try a smaller --lr"
             )
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         if self._average is not None:
             self._average.update_parameters(self.model)
 
@@ -263,7 +268,7 @@ class Trainer:
             "average": None if self._average is None else self._average.state_dict(),
             "estimator": self._estimator.state_dict(),
             "smooth": None if self._smooth is None else self._smooth.get_extra_state(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "generator": self._generator.get_state(),
             "torch_generator": torch.get_rng_state(),
         }
@@ -276,7 +281,8 @@ class Trainer:
         self._estimator.load_state_dict(state["estimator"])
         if self._smooth is not None:
             self._smooth.set_extra_state(state["smooth"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self._generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_generator"])
         self.epoch = state["epoch"]
