@@ -138,7 +138,9 @@ class Trainer:
                 found = self._step(chosen, done)
             sums += torch.tensor(found, dtype=torch.float64) * len(chosen)
             seen += len(chosen)
-            metrics = EpochMetrics(self.epoch, *(sums / seen).tolist(), self._clock.seconds)
+            loss, clean, safe, lipschitz = (sums / seen).tolist()
+            seconds = self._clock.seconds
+            metrics = EpochMetrics(self.epoch, loss, clean, safe, lipschitz, seconds)
             if on_step is not None:
                 on_step(metrics)
         self.epoch += 1

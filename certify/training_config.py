@@ -62,8 +62,8 @@ class TrainingConfig:
         max_minutes: end the training, with all its schedules, after so much time if it has not
             ended by then; ``None`` for no limit.
         batch_size: images per step.
-        optimizer: ``"adam"``, ``"nadam"``, ``"adamw"``, ``"sgd"`` (with Nesterov's momentum) or ``"muon"``
-            (`certify.muon`; vectors by NAdam).
+        optimizer: ``"adam"``, ``"nadam"``, ``"adamw"``, ``"sgd"`` (with Nesterov's momentum) or
+            ``"muon"`` (`certify.muon`; vectors by NAdam).
         lr: peak learning rate.
         warm_up: fraction of the training over which the learning rate rises.
         schedule: how it falls to zero after that: ``"cosine"``, ``"linear"``, or ``"constant"`` if
