@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
         self,
         params: Iterable[nn.Parameter],
         lr: float = 2e-3,
-        momentum: float = 0.95,
+        momentum: float = 0.9,
         weight_decay: float = 0.0,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}

@@ -16,17 +16,21 @@ from certify.training_config import TrainingConfig
 def make_optimizers(
     config: TrainingConfig, parameters: Sequence[nn.Parameter]
 ) -> list[torch.optim.Optimizer]:
-    """Return the optimizer that ``config`` names; with ``"muon"`` a second one for vectors."""
+    """Return the optimizer that ``config`` names; with ``"muon"`` NAdam beside it.
+
+    Muon is for the kernels of convolutions: for orthogonal and normalised matrices, whose lengths
+    mean nothing, NAdam has been better (`benchmarks/accuracy.md`).
+    """
     betas = (config.momentum, 0.999)
     decay = config.weight_decay
     if config.optimizer == "muon":
-        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-        vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+        kernels = [parameter for parameter in parameters if parameter.ndim > 2]
+        others = [parameter for parameter in parameters if parameter.ndim < 3]
         found: list[torch.optim.Optimizer] = []
-        if matrices:
-            found.append(Muon(matrices, config.lr, config.momentum, decay))
-        if vectors:
-            found.append(torch.optim.NAdam(vectors, config.lr))
+        if kernels:
+            found.append(Muon(kernels, config.lr, config.momentum, decay))
+        if others:
+            found.append(torch.optim.NAdam(others, config.lr))
         return found
     if config.optimizer == "sgd":
         sgd = torch.optim.SGD(

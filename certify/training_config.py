@@ -63,7 +63,7 @@ class TrainingConfig:
             ended by then; ``None`` for no limit.
         batch_size: images per step.
         optimizer: ``"adam"``, ``"nadam"``, ``"adamw"``, ``"sgd"`` (with Nesterov's momentum) or
-            ``"muon"`` (`certify.muon`; vectors by NAdam).
+            ``"muon"`` (`certify.muon`, for kernels; the rest by NAdam).
         lr: peak learning rate.
         warm_up: fraction of the training over which the learning rate rises.
         schedule: how it falls to zero after that: ``"cosine"``, ``"linear"``, or ``"constant"`` if
