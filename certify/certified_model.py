@@ -12,7 +12,7 @@ from certify.attack import attack_distances, broken
 from certify.certificates import Certificate, check_certificate, largest_of
 from certify.certificates import certificate as certified_by_margins
 from certify.dual import STEPS, DualResult, Margins, margins_of
-from certify.folding import copy_with_plain_weights, refuse_other_results
+from certify.folding import any_folded, copy_with_plain_weights, refuse_other_results
 from certify.graph import LipschitzGraph
 from certify.head import smooth_head
 from certify.local_network import LocalNetwork
@@ -80,6 +80,7 @@ class CertifiedModel:
         self._device = graph.device
         self._graph = graph
         self._output = output = graph.walk()
+        refuse_other_results(model, self._model, input_shape)
         self._shape = output.shape
         if len(self._shape) != 2:
             raise UnsupportedModel(f"expected logits (N, C), got shape {self._shape}")
@@ -270,8 +271,10 @@ def exact_copy(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
             raise UnsupportedModel(f"{name!r} is complex or has no data")
         if not bool(torch.isfinite(tensor.detach()).all()):
             raise ValueError(f"expected finite parameters, got NaN or infinity in {name!r}")
-    refuse_other_results(original, model, input_shape)
-    return model.to(torch.float64).requires_grad_(False)
+    exact = model.to(torch.float64).requires_grad_(False)
+    if any_folded(original):
+        refuse_other_results(original, exact, input_shape)
+    return exact
 
 
 def _proven(bound: Tensor) -> Tensor:

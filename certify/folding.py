@@ -47,32 +47,38 @@ def copy_with_plain_weights(model: nn.Module) -> nn.Module:
     return copied
 
 
-def refuse_other_results(model: nn.Module, copied: nn.Module, input_shape: Sequence[int]) -> None:
-    """Refuse a copy that does not compute what the model does, if weights were folded in it.
+def any_folded(model: nn.Module) -> bool:
+    """Whether some weights of a model are computed from others, and plain in its copy."""
+    return any(kind_of(m) is not type(m) or _hooked(m) for m in model.modules())
 
-    So it is where a weight is random, or another's hook does more than torch's.
+
+def refuse_other_results(model: nn.Module, copied: nn.Module, input_shape: Sequence[int]) -> None:
+    """Refuse a copy in float64 that does not compute what the model does.
+
+    So it is where a weight is random, where another's hook does more than torch's, and where an
+    operation depends on the precision that it is made in.
 
     Raises:
         UnsupportedModel: it differs by more than rounding on an example.
     """
-    if not any(kind_of(m) is not type(m) or _hooked(m) for m in model.modules()):
-        return
     floating = next((t for t in model.parameters() if t.is_floating_point()), torch.zeros(()))
     example = example_of(input_shape).to(floating)
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            results = [module(example.clone()) for module in (model, copied)]
+            expected, found = model(example.clone()), copied(example.to(torch.float64))
     except Exception:  # the shape, or anything else, is refused in words elsewhere
         return
     finally:
         for module, mode in training.items():
             module.training = mode
-    if not all(isinstance(result, Tensor) for result in results) or not agree(*results):
+    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+        return
+    if not agree(found.to(expected.dtype), expected):
         raise UnsupportedModel(
-            "weights that are computed in hooks or parametrisations are not the same each time, "
-            "or not what torch computes there"
+            "the model gives other results in float64: weights that are computed are not the same "
+            "each time, or not what torch computes there, or an operation depends on the precision"
         )
 
 

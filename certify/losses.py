@@ -159,12 +159,17 @@ def annealing_loss(
         margin_lipschitz: ``(C, C)``.
         epsilon: perturbation budget.
         temperature: what the logits are divided by.
-        focus: power of the factor that vanishes at ``p = 1``.
+        focus: power of the factor that vanishes at ``p = 1``, at least one.
+
+    Raises:
+        ValueError: a smaller power, whose slope is infinite there.
 
     References:
         B. Lai, P.-H. Huang, B.-H. Kung, S.-T. Chen, Enhancing Certified Robustness via Block
         Reflector Orthogonal Layers and Logit Annealing Loss, ICML 2025, section 5.
     """
+    if focus < 1.0:
+        raise ValueError(f"expected focus >= 1, got {focus}")
     worst = logits + epsilon * _of_labels(margin_lipschitz, labels, logits)
     log_p = F.log_softmax(worst / temperature, dim=1).gather(1, labels[:, None])
     # One minus p from the other classes; log_p is at most zero, where the power has no slope.
@@ -193,12 +198,14 @@ def radius_loss(
         radius maximisation, CRM).
     """
     reach = _of_labels(margin_lipschitz, labels, logits)
-    own = F.one_hot(labels, logits.shape[1]).bool()
-    radii = (logits.gather(1, labels[:, None]) - logits) / torch.where(own, 1.0, reach)
     smoothing = temperature * epsilon / 10.0
-    if smoothing == 0.0:
+    tiny = torch.finfo(reach.dtype).tiny ** 0.5
+    left_out = F.one_hot(labels, logits.shape[1]).bool() | (reach < tiny)  # the latter never move
+    if smoothing < tiny or bool(left_out.all()):
         return F.cross_entropy(logits, labels)
-    radius = -smoothing * (-radii / smoothing).masked_fill(own, -torch.inf).logsumexp(dim=1)
+    radii = (logits.gather(1, labels[:, None]) - logits) / torch.where(left_out, 1.0, reach)
+    radii = torch.where(left_out, torch.finfo(reach.dtype).max ** 0.5, radii)
+    radius = -smoothing * (-radii / smoothing).logsumexp(dim=1)
     return F.cross_entropy(logits, labels) - trade_off * radius.clamp(0.0, epsilon).mean()
 
 

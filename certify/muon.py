@@ -17,7 +17,7 @@ class Muon(torch.optim.Optimizer):
 
     The momentum ``M (m, n)`` of a weight (a kernel's taps are taken as columns) is replaced by
     nearly ``U V^T`` of its singular value decomposition, so that a step changes all directions
-    alike. Its entries are scaled to a root of mean squares of 0.2, about that of Adam's steps, so
+    alike. Its entries are scaled to a root of mean squares of 0.1, about that of Adam's steps, so
     that learning rates are alike.
 
     The Newton-Schulz iteration ``X <- (a I + b X X^T + c (X X^T)^2) X`` is made on the smaller Gram
@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
                 ahead = parameter.grad.lerp(state["momentum"], group["momentum"])  # Nesterov
                 parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
                 step = _orthogonal(ahead.flatten(1))
-                size = 0.2 * max(step.shape) ** 0.5
+                size = 0.1 * max(step.shape) ** 0.5
                 parameter.sub_(step.reshape(parameter.shape), alpha=group["lr"] * size)
         return result
 
@@ -71,7 +71,10 @@ def _orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
     """Nearly the orthogonal factor of the polar decomposition."""
     if matrix.shape[0] > matrix.shape[1]:
         return _orthogonal(matrix.mT, iterations).mT
-    matrix = matrix / matrix.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
+    largest = matrix.abs().amax()  # squares could under- or overflow
+    matrix = matrix / torch.where(largest == 0, 1.0, largest)
+    norm = matrix.norm()
+    matrix = matrix / torch.where(norm == 0, 1.0, norm)
     gram = matrix @ matrix.mT
     a, b, c = _COEFFICIENTS
     factor = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

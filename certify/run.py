@@ -76,7 +76,7 @@ def run_training(
 
     The checkpoint is rewritten after each epoch, so that an interrupted run can be resumed and
     a diverged one leaves its last good weights. With the same seed, machine and number of
-    threads the weights are the same, resumed or not.
+    threads the weights are the same, resumed or not, unless ``max_minutes`` is set.
 
     Raises:
         ValueError: settings or data that do not fit (nothing is written), or a folder that
@@ -107,6 +107,8 @@ def run_training(
     if resume and path.exists():
         history = _continue(trainer, load_checkpoint(path), config, hyperparameters, path)
     out.mkdir(parents=True, exist_ok=True)
+    if overwrite and not history:
+        path.unlink(missing_ok=True)
     write_text(out / "config.json", settings)
 
     if on_start is not None:
@@ -161,7 +163,7 @@ def _continue(
     asked = {"model": config.model, "dataset": config.dataset, **asdict(config.training)}
     found = {"model": checkpoint.model, "dataset": checkpoint.dataset, **checkpoint.config}
     asked["hyperparameters"], found["hyperparameters"] = hyperparameters, checkpoint.hyperparameters
-    different = sorted(name for name in asked if asked[name] != found.get(name))
+    different = sorted(name for name in asked if _plain(asked[name]) != _plain(found.get(name)))
     if different:
         raise ValueError(
             f"cannot resume {path}: it was started with other settings of {', '.join(different)}"
@@ -177,6 +179,13 @@ def _continue(
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"cannot resume {path}: {reason}") from error
     return history
+
+
+def _plain(value: Any) -> Any:
+    """The same for tuples and lists."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
 def _settings(config: RunConfig, hyperparameters: dict[str, Any]) -> str:

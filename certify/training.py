@@ -87,7 +87,7 @@ class Trainer:
         self._average: AveragedModel | None = None
         if config.ema:
             average = get_ema_multi_avg_fn(config.ema)
-            self._average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self._average = AveragedModel(model, multi_avg_fn=average)
         self._generator = torch.Generator().manual_seed(seed)
         self._smooth: HeadEstimator | None = None
         if config.needs_curvature:
@@ -108,8 +108,8 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or the time is over."""
-        return self._clock.done(self.epoch * self.steps_per_epoch) >= 1.0
+        """Whether all epochs are done, or the time is over after one at least."""
+        return self.epoch > 0 and self._clock.done(self.epoch * self.steps_per_epoch) >= 1.0
 
     @property
     def result(self) -> nn.Module:
@@ -207,8 +207,11 @@ class Trainer:
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.config.clip_norm:
-            nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm or math.inf)
+        if not bool(torch.isfinite(norm)):
+            raise TrainingDiverged(
+                f"the gradient became {norm.item()} in epoch {self.epoch + 1}; try a smaller --lr"
+            )
         for optimizer in self._optimizers:
             optimizer.step()
         if self._average is not None:
@@ -263,6 +266,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on as if nothing had happened."""
+        on_cuda = self._device.type == "cuda"
         return {
             "epoch": self.epoch,
             "seconds": self._clock.seconds,
@@ -273,6 +277,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "generator": self._generator.get_state(),
             "torch_generator": torch.get_rng_state(),
+            "cuda_generator": torch.cuda.get_rng_state(self._device) if on_cuda else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -287,6 +292,8 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self._generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_generator"])
+        if state["cuda_generator"] is not None:
+            torch.cuda.set_rng_state(state["cuda_generator"], self._device)
         self.epoch = state["epoch"]
         self._clock.restart(state["seconds"])
 

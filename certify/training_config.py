@@ -60,7 +60,8 @@ class TrainingConfig:
     Attributes:
         epochs: passes over the training images.
         max_minutes: end the training, with all its schedules, after so much time if it has not
-            ended by then; ``None`` for no limit.
+            ended by then; ``None`` for no limit. Schedules then follow the clock, so that two runs
+            are not alike to the last bit.
         batch_size: images per step.
         optimizer: ``"adam"``, ``"nadam"``, ``"adamw"``, ``"sgd"`` (with Nesterov's momentum) or
             ``"muon"`` (`certify.muon`, for kernels; the rest by NAdam).
@@ -69,7 +70,8 @@ class TrainingConfig:
         schedule: how it falls to zero after that: ``"cosine"``, ``"linear"``, or ``"constant"`` if
             it does not.
         momentum: of the optimizer; the first beta of the Adams.
-        weight_decay: decoupled from the gradient but with ``"adam"`` and ``"sgd"``.
+        weight_decay: decoupled from the gradient but with ``"adam"`` and ``"sgd"``; of kernels
+            only with ``"muon"``.
         clip_norm: largest norm of the gradient, beyond which it is scaled down; 0 for none.
         ema: decay by step of an exponential average of the weights, which is what the training
             returns then; 0 for none.

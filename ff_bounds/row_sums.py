@@ -60,8 +60,8 @@ def scaled_square_bound(weight: Tensor, divisors: Tensor, scale: Tensor) -> Tens
     # What was rounded and what underflowed in products that were added.
     sums = sums + gamma(terms + 1) * (1.0 + gamma(2 * terms + 8)) * (sizes @ sizes.mT)
     sums = sums + 8.0 * terms * taps * SMALLEST_NORMAL
-    rows = (sums @ q + len(v) * SMALLEST_NORMAL) / (q * t)
-    bound = round_up(rows.amax(), len(v) + 2 * 2 ** len(v.shape[2:]) * taps + 8)
+    rows = (sums @ q + len(v) * SMALLEST_NORMAL) / (q * t) + SMALLEST_NORMAL
+    bound = round_up(rows.amax(), len(v) + 2 * 2 ** len(v.shape[2:]) * taps + 9)
     usable = (t * q > 1e-200) & (t < 1e100) & (q < 1e100) & (q > 1e-100)
     return torch.where(usable.all() & bound.isfinite(), bound, torch.inf)
 
@@ -96,13 +96,13 @@ def near_isometry_bound(matrices: Tensor) -> Tensor:
         True
     """
     kind = torch.complex128 if matrices.is_complex() else torch.float64
-    exact = matrices.detach().to(kind)
+    exact = matrices.detach().resolve_conj().to(kind)
     rows, columns = exact.shape[-2:]
     identity = torch.eye(columns, dtype=kind, device=exact.device)
     defect = _frobenius(exact.mH @ exact - identity)
     size = _frobenius(exact)
     defect = defect + gamma(4 * rows + 8) * size * size + rows * columns * 2.0**-500
-    return round_up((1.0 + round_up(defect, 4 * rows * columns + 8)).sqrt(), 4)
+    return round_up((1.0 + round_up(defect, 4 * columns * max(rows, columns) + 8)).sqrt(), 4)
 
 
 def _frobenius(matrices: Tensor) -> Tensor:

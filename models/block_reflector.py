@@ -7,13 +7,18 @@ from torch import Tensor, nn
 
 from models.parametrizations import in_own_precision
 
+_SHARE, _LEAST = 1e-4, 1e-12
+"""``d``: this share of the mean square of the columns, and this for a kernel of zeros."""
+
 
 class BlockReflectorConv2d(nn.Module):
     r"""A convolution with periodic boundary that is orthogonal: a block reflector by frequency.
 
-    At frequency ``f`` the channels are multiplied by ``I - 2 V (V^H V)^{-1} V^H`` with ``V`` the
-    Fourier transform of a kernel, which reflects its range and leaves the rest. In space that is a
-    convolution with a kernel as large as the image.
+    At frequency ``f`` the channels are multiplied by ``I - 2 V (V^H V + d I)^{-1} V^H`` with ``V``
+    the Fourier transform of a kernel, which reflects its range and leaves the rest. In space that
+    is a convolution with a kernel as large as the image. The small ``d`` keeps it well defined
+    where columns of ``V`` are nearly dependent; what these span is then reflected in part, so that
+    the norm is at most one in any case.
 
     Args:
         channels: of input and output.
@@ -54,15 +59,17 @@ class BlockReflectorConv2d(nn.Module):
         Raises:
             ValueError: an image smaller than the kernel.
         """
-        size = self.weight.shape[-1]
+        size = max(self.weight.shape[2:])
         if min(height, width) < size:
             raise ValueError(f"expected images of at least {size} x {size}, got {height} x {width}")
-        spectrum = torch.fft.rfft2(self.weight, s=(height, width)).flatten(2).permute(2, 0, 1)
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        largest = weight.detach().abs().amax()
+        weight = weight / torch.where(largest > 0, largest, 1.0)
+        spectrum = torch.fft.rfft2(weight, s=(height, width)).flatten(2).permute(2, 0, 1)
         gram = spectrum.mH @ spectrum
-        jitter = 8.0 * torch.finfo(self.weight.dtype).eps
-        scale = gram.diagonal(dim1=1, dim2=2).real.detach().mean() * jitter
+        mean = gram.diagonal(dim1=1, dim2=2).real.detach().mean()
         identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        factor = torch.linalg.cholesky(gram + scale * identity)
+        factor = torch.linalg.cholesky(gram + (_SHARE * mean + _LEAST) * identity)
         rows = torch.linalg.solve_triangular(factor, spectrum.mH, upper=False)
         identity = torch.eye(spectrum.shape[1], dtype=gram.dtype, device=gram.device)
         reflectors: Tensor = identity - 2.0 * rows.mH @ rows
@@ -72,11 +79,12 @@ class BlockReflectorConv2d(nn.Module):
         """Map ``(N, channels, H, W)`` to the same shape."""
         with torch.autocast(x.device.type, enabled=False):
             height, width = x.shape[2:]
-            spectrum = torch.fft.rfft2(x.to(self.weight.dtype))
+            precision = torch.promote_types(self.weight.dtype, torch.float32)
+            spectrum = torch.fft.rfft2(x.to(precision))
             frequencies = spectrum.flatten(2).permute(2, 1, 0)  # (f, channels, N)
             reflected = self.reflectors(height, width) @ frequencies
             spectrum = reflected.permute(2, 1, 0).reshape(spectrum.shape)
-            result: Tensor = torch.fft.irfft2(spectrum, s=(height, width))
+            result: Tensor = torch.fft.irfft2(spectrum, s=(height, width)).to(self.weight.dtype)
         if self.bias is not None:
             result = result + self.bias[:, None, None]
         return result

@@ -39,8 +39,8 @@ def in_own_precision(method: _Method) -> _Method:
 
     @wraps(method)
     def wrapped(self: nn.Module, *arguments: Any) -> Tensor:
-        tensor = next(chain(self.parameters(), filter(torch.is_tensor, arguments)))
-        kind = tensor.device.type
+        tensors = chain(self.parameters(), self.buffers(), filter(torch.is_tensor, arguments))
+        kind = next((tensor.device.type for tensor in tensors), "cpu")
         if not torch.amp.is_autocast_available(kind):  # such as on the device "meta"
             kind = "cpu"
         with torch.autocast(kind, enabled=False):
@@ -90,7 +90,8 @@ class Orthonormal(nn.Module):
     r"""Orthonormal rows of a matrix, or columns where there are fewer of these.
 
     ``L^{-1} W`` with the Cholesky factor ``L L^T = W W^T``: Gram-Schmidt from the first row on, as
-    matrix products. A kernel of one tap is taken as a matrix.
+    matrix products, done twice for nearly square matrices, as their condition can be bad. A kernel
+    of one tap is taken as a matrix. Rows that depend on those before them come out shorter.
 
     References:
         K. Hu et al., A Recipe for Improved Certifiable Robustness, ICLR 2024 (orthogonal dense
@@ -114,13 +115,24 @@ class Orthonormal(nn.Module):
 
 
 def _orthonormal_rows(matrix: Tensor) -> Tensor:
-    gram = matrix @ matrix.mT
-    # Positive definite in rounded arithmetic too: the rows come out shorter by this fraction.
-    jitter = 8.0 * torch.finfo(gram.dtype).eps * gram.diagonal().detach().mean()
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(gram + jitter * identity)
-    rows: Tensor = torch.linalg.solve_triangular(factor, matrix, upper=False)
-    return rows
+    rows = _unit_rows(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
+    count, width = rows.shape
+    for _ in range(2 if width < 4 * count else 1):
+        gram = rows @ rows.mT
+        # Positive definite in rounded arithmetic too, for rows of length one that depend.
+        jitter = 8.0 * count * torch.finfo(gram.dtype).eps
+        identity = torch.eye(count, dtype=gram.dtype, device=gram.device)
+        factor = torch.linalg.cholesky(gram + jitter * identity)
+        rows = torch.linalg.solve_triangular(factor, rows, upper=False)
+    return rows.to(matrix.dtype)
+
+
+def _unit_rows(matrix: Tensor) -> Tensor:
+    """Divide rows by their lengths; a zero row stays zero."""
+    largest = matrix.detach().abs().amax(dim=1, keepdim=True)  # squares could under- or overflow
+    matrix = matrix / torch.where(largest == 0, 1.0, largest)
+    norms = torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
+    return matrix / torch.where(norms == 0, 1.0, norms)
 
 
 class AlmostOrthogonal(nn.Module):
@@ -143,8 +155,9 @@ class AlmostOrthogonal(nn.Module):
     @in_own_precision
     def forward(self, weight: Tensor) -> Tensor:
         """Return the rescaled matrix, or kernel with one to three axes of taps."""
-        factors = almost_orthogonal_scale(weight)
-        return weight * factors.reshape(1, -1, *[1] * (weight.ndim - 2))
+        largest = weight.detach().abs().amax()  # the result does not depend on the scale
+        weight = weight / torch.where(largest == 0, 1.0, largest)
+        return weight * almost_orthogonal_scale(weight).reshape(1, -1, *[1] * (weight.ndim - 2))
 
 
 def almost_orthogonal_scale(weight: Tensor) -> Tensor:
@@ -157,7 +170,7 @@ def almost_orthogonal_scale(weight: Tensor) -> Tensor:
     else:
         gram = weight.mT @ weight
     sums = gram.abs().flatten(1).sum(dim=1)
-    return torch.where(sums > 0, sums, 1.0).rsqrt()
+    return torch.where(sums == 0, 1.0, sums).rsqrt()
 
 
 class UnitRows(nn.Module):
@@ -174,6 +187,4 @@ class UnitRows(nn.Module):
     @in_own_precision
     def forward(self, weight: Tensor) -> Tensor:
         """Divide each row ``weight[i]`` by its L2 norm; a zero row stays zero."""
-        norms = torch.linalg.vector_norm(weight.flatten(1), dim=1)
-        norms = torch.where(norms > 0, norms, 1.0)
-        return weight / norms.reshape(-1, *[1] * (weight.ndim - 1))
+        return _unit_rows(weight.flatten(1)).reshape(weight.shape)

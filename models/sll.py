@@ -60,7 +60,7 @@ class SLLConv2d(nn.Module):
         size = self.weight.shape[-1]
         gram = F.conv2d(self.weight, self.weight, padding=size - 1)
         sums = gram.abs().sum(dim=(2, 3)) @ self.q / self.q
-        return torch.where(sums > 0, sums, 1.0)
+        return torch.where(sums == 0, 1.0, sums)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, channels, H, W)`` to the same shape."""

@@ -2,6 +2,9 @@ r"""Layers of `models` that are contractions as a whole, beyond the norms of the
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from certify.rules.registry import lipschitz_rule
 from certify.signal import Signal, UnsupportedModel
 from ff_bounds.rounding import round_up
@@ -22,9 +25,10 @@ def sll(module: SLLConv2d, x: Signal) -> Signal:
     as ``|V^T T^{-1/2} y|^2 <= s |y|^2`` with ``y = T^{-1/2} e``. Where ``s > 1`` the last sum is at
     most ``sum_i z_i^2 / t_i <= s |d|^2``. (Araujo et al. 2023, theorem 3, for ``s <= 1``.)
     """
-    if x.shape[1] != module.weight.shape[1]:
-        raise UnsupportedModel(f"expected {module.weight.shape[1]} channels, got {x.shape}")
-    square = scaled_square_bound(module.weight, module.divisors(), module.q)
+    divisors, q = module.divisors(), module.q
+    inner = module.weight.shape[:1]
+    _check(module, x, module.weight.shape[1], {"t": (divisors, inner), "q": (q, inner)}, inner)
+    square = scaled_square_bound(module.weight, divisors, q)
     excess = round_up((square - 1.0).clamp_min(0.0), 1)
     return x.scaled(round_up((1.0 + 4.0 * excess * square).sqrt(), 6))
 
@@ -39,5 +43,25 @@ def block_reflector(module: BlockReflectorConv2d, x: Signal) -> Signal:
     the part that belongs to a real image, a projection. So no more comes back than the matrices let
     through.
     """
+    channels = module.weight.shape[:1]
+    _check(module, x, channels[0], {}, channels)
     matrices = module.reflectors(*x.shape[2:])
     return x.scaled(near_isometry_bound(matrices).amax(), linear=True)
+
+
+def _check(
+    module: SLLConv2d | BlockReflectorConv2d,
+    x: Signal,
+    channels: int,
+    tensors: dict[str, tuple[Tensor, torch.Size]],
+    outputs: torch.Size,
+) -> None:
+    """Refuse what would be broadcast, so that an entry meets several others."""
+    kind = type(module).__name__
+    if len(x.shape) != 4 or x.shape[1] != channels or module.weight.ndim != 4:
+        raise UnsupportedModel(f"{kind}: expected (N, {channels}, H, W), got {x.shape}")
+    if module.bias is not None:
+        tensors = {**tensors, "bias": (module.bias, outputs)}
+    for name, (tensor, shape) in tensors.items():
+        if tensor.shape != shape:
+            raise UnsupportedModel(f"{kind}: {name} has shape {tuple(tensor.shape)}")
