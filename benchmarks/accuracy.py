@@ -24,7 +24,7 @@ from certify.data import load
 from certify.evaluation import Report, evaluate
 from certify.option_types import Epsilon
 from certify.train_options import option_name
-from certify.training_config import TrainingConfig
+from certify.training_config import SECOND_ORDER_LOSSES, TrainingConfig
 
 
 def command(folder: Path) -> str:
@@ -49,7 +49,7 @@ def measure(folder: Path, epsilons: tuple[float, ...], attacked: int, certificat
     certified = CertifiedModel(model, checkpoint.input_shape, method=method)
     data = load(checkpoint.dataset, train=False, data_dir=checkpoint.data_dir)
     if certificate == "auto":
-        certificate = "dual" if checkpoint.config["loss"] in ("dual", "crt") else "lipschitz"
+        certificate = "dual" if checkpoint.config["loss"] in SECOND_ORDER_LOSSES else "lipschitz"
     whole = evaluate(certified, data, epsilons, certificate=certificate)
     found = _summary(whole)
     if attacked:

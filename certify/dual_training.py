@@ -39,14 +39,16 @@ class DualPoints:
         classes: ``(N, k)`` which classes, the nearest first.
         offsets: ``(N, k, ...)`` how far the points are from the inputs; no gradient.
         limited: ``(N, k)`` whether the curvature kept a point within the ball.
+        shares: ``(N, k)`` radius of each ball as a share of the budget; no gradient.
     """
 
     classes: Tensor
     offsets: Tensor
     limited: Tensor
+    shares: Tensor
 
     def moved(self, x: Tensor, epsilon: Tensor) -> Tensor:
-        """The points ``(N, k, ...)`` as functions of inputs ``(N, ...)`` and of the radius."""
+        """The points ``(N, k, ...)`` as functions of inputs ``(N, ...)`` and of the budget."""
         axes = [1] * (self.offsets.ndim - 2)
         growth = torch.where(self.limited, 1.0, epsilon / epsilon.detach().clamp_min(1e-30))
         return x[:, None] + growth.reshape(*growth.shape, *axes) * self.offsets
@@ -62,6 +64,7 @@ def dual_points(
     *,
     classes: int,
     steps: int,
+    within_reach: bool = False,
 ) -> DualPoints:
     """Find dual attack points for the classes with the largest logits beside the label's.
 
@@ -77,6 +80,9 @@ def dual_points(
         epsilon: radius of the ball, a scalar.
         classes: how many other classes of each sample.
         steps: gradients for each point.
+        within_reach: end each ball at the boundary to its class, if that is nearer than ``epsilon``
+            by the margin and its gradient at ``x``; as in `certify.losses.emma_loss`, no sample
+            is then asked for more than it can give.
     """
     own = F.one_hot(labels, logits.shape[1]).bool()
     others = logits.detach().masked_fill(own, -torch.inf).topk(classes, dim=1).indices
@@ -88,16 +94,22 @@ def dual_points(
         for one in others.unbind(dim=1)
     ]
     gradient = torch.stack(slopes, dim=1).flatten(0, 1)
-    eta, points = _moved(start, gradient, limit, epsilon)
+    budget = epsilon.detach()
+    radii = budget.expand(len(gradient))
+    if within_reach:
+        reach = _margins(logits.detach(), label, other) / _lengths(gradient)
+        radii = torch.minimum(reach.to(radii.dtype).clamp_min(0.0), radii)
+    eta, points = _moved(start, gradient, limit, radii)
     for _ in range(steps - 1):
         with torch.enable_grad():
             points = points.detach().requires_grad_()
             found = _margins(model(points), label, other)
             (gradient,) = torch.autograd.grad(found.sum(), points)
-        eta, points = _moved(start, gradient, limit, epsilon)
+        eta, points = _moved(start, gradient, limit, radii)
     shape = (x.shape[0], classes)
     offsets = (points - start).detach().reshape(*shape, *x.shape[1:])
-    return DualPoints(others, offsets, (eta >= limit).reshape(shape))
+    shares = (radii / budget.clamp_min(1e-30)).reshape(shape)
+    return DualPoints(others, offsets, (eta >= limit).reshape(shape), shares)
 
 
 def worst_logits(
@@ -129,20 +141,22 @@ def worst_logits(
     points = found.moved(x, epsilon).flatten(0, 1)
     margin = _margins(model(points).to(logits.dtype), label, other).reshape(count, classes)
     square = found.offsets.flatten(2).square().sum(dim=2)
-    rest = (epsilon**2 - square).clamp_min(0.0) / 2.0
+    rest = ((found.shares * epsilon) ** 2 - square).clamp_min(0.0) / 2.0
     bend = curvature.to(logits.dtype)[label, other].reshape(count, classes) / _NEAR
     margin = margin - torch.where(found.limited, rest * bend, 0.0)
     relative = logits - logits.gather(1, labels[:, None])
     return relative.scatter(1, found.classes, -margin)
 
 
-def _moved(
-    start: Tensor, gradient: Tensor, limit: Tensor, epsilon: Tensor
-) -> tuple[Tensor, Tensor]:
+def _moved(start: Tensor, gradient: Tensor, limit: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
     """Multipliers ``(M,)`` and the points ``start - eta gradient``."""
-    length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
-    eta = torch.minimum(epsilon.detach() / length, limit)
+    eta = torch.minimum(radii / _lengths(gradient), limit)
     return eta, start - eta.reshape(-1, *[1] * (start.ndim - 1)) * gradient
+
+
+def _lengths(gradient: Tensor) -> Tensor:
+    lengths: Tensor = gradient.flatten(1).norm(dim=1)
+    return lengths.clamp_min(1e-12)
 
 
 def _margins(logits: Tensor, label: Tensor, other: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ _HELP = {
     "clip_norm": "Largest norm of the gradient; 0 for any.",
     "ema": "Decay of an average of the weights; 0 for none.",
     "augment": "Such as shift:4,flip,randaugment:2:9, none, or auto.",
-    "loss": "dual and crt are for smooth networks.",
+    "loss": "The last three are for smooth networks or heads.",
     "epsilon": "Budget of the loss.",
     "epsilon_start": "Where it starts.",
     "ramp": "Part of the training in which it grows.",

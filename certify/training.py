@@ -246,7 +246,8 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """Return the worst logits that are certified in a ball of features, and the loss."""
         config = self.config
-        classes = min(config.attack_classes, logits.shape[1] - 1) if config.loss == "dual" else 1
+        attacked_classes = 1 if config.loss == "crt" else config.attack_classes
+        classes = min(attacked_classes, logits.shape[1] - 1)
         found = dual_points(
             self._logits,
             x,
@@ -256,6 +257,7 @@ class Trainer:
             epsilon,
             classes=classes,
             steps=config.attack_steps,
+            within_reach=config.loss == "dual-emma",
         )
         x = x.detach() if x.is_leaf else x  # no gradient of inputs, but of features
         if config.loss == "crt":

@@ -16,7 +16,7 @@ FIRST_ORDER_LOSSES = (
 )
 """Losses that need Lipschitz constants; the keys of `certify.losses.LOSSES`."""
 
-SECOND_ORDER_LOSSES = ("dual", "crt")
+SECOND_ORDER_LOSSES = ("dual", "dual-emma", "crt")
 """Losses that need bounds of second derivatives."""
 
 ALL_LOSSES = (*FIRST_ORDER_LOSSES, *SECOND_ORDER_LOSSES)
@@ -80,6 +80,7 @@ class TrainingConfig:
         loss: ``"margin"``, ``"emma"``, ``"gloro"``, ``"gloro-trades"``, ``"annealing"``, ``"crm"``
             (they use ``epsilon`` and the network's Lipschitz constants, see `certify.losses`),
             ``"dual"`` (``epsilon`` and its second derivatives, see `certify.dual_training`),
+            ``"dual-emma"`` (likewise, but no farther than the boundary),
             ``"crt"`` (cross-entropy at the dual attack point, for use beside
             ``curvature_penalty``) or ``"cross-entropy"``.
         epsilon: L2 budget of the loss, in units of pixels in [0, 1].
