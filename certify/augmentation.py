@@ -82,9 +82,9 @@ def augmentations(described: str, dataset: str) -> list[Augmentation]:
 
 
 def _suited(dataset: str) -> str:
-    if "mnist" in dataset:
-        return "shift:1,flip" if dataset == "fashion-mnist" else "shift:1"
-    return "shift:4,flip" if dataset.startswith("cifar") else "none"
+    known = {"fashion-mnist": "shift:1,flip", "cifar10": "shift:4,flip", "cifar100": "shift:4,flip"}
+    digits = ("mnist", "mnist-5k", "kmnist")
+    return "shift:1" if dataset in digits else known.get(dataset, "none")
 
 
 def _named(described: str) -> Augmentation:

@@ -97,7 +97,8 @@ def dual_points(
     budget = epsilon.detach()
     radii = budget.expand(len(gradient))
     if within_reach:
-        reach = _margins(logits.detach(), label, other) / _lengths(gradient)
+        repeated = logits.detach().repeat_interleave(classes, dim=0)
+        reach = _margins(repeated, label, other) / _lengths(gradient)
         radii = torch.minimum(reach.to(radii.dtype).clamp_min(0.0), radii)
     eta, points = _moved(start, gradient, limit, radii)
     for _ in range(steps - 1):

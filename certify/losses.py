@@ -204,7 +204,8 @@ def radius_loss(
     if smoothing < tiny or bool(left_out.all()):
         return F.cross_entropy(logits, labels)
     radii = (logits.gather(1, labels[:, None]) - logits) / torch.where(left_out, 1.0, reach)
-    radii = torch.where(left_out, torch.finfo(reach.dtype).max ** 0.5, radii)
+    never = torch.full_like(radii, torch.finfo(reach.dtype).max ** 0.5)
+    radii = torch.where(left_out, torch.where(radii < 0, -never, never), radii)
     radius = -smoothing * (-radii / smoothing).logsumexp(dim=1)
     return F.cross_entropy(logits, labels) - trade_off * radius.clamp(0.0, epsilon).mean()
 

@@ -5,6 +5,7 @@ Each is data: what to train on what, and how. Options on the command line go bef
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -108,19 +109,19 @@ def recipe(name: str) -> Recipe:
 
 
 def describe() -> str:
-    """All recipes as a text of one screen: what each is for and the options that it stands for."""
+    """All recipes as a text: what each is for, how it is run, and its settings."""
     return "\n\n".join(
-        f"{name}: {found.about}\n  certify train {_options(found)}\n"
-        f"  certify eval {found.evaluation}"
+        f"{name}: {found.about}\n"
+        f"  certify train --recipe {name} --out runs/{name}\n"
+        f"  certify eval --model runs/{name}/ckpt.pt {found.evaluation}\n"
+        + textwrap.indent(textwrap.fill(_settings(found), 94), "    ")
         for name, found in RECIPES.items()
     )
 
 
-def _options(found: Recipe) -> str:
-    words = [f"--dataset {found.dataset} --model {found.model}"]
-    words += [f'--set "{key}={value}"' for key, value in found.hyperparameters.items()]
-    for name, value in found.training.items():
-        option = option_name(name)
-        shown = f"{value:.6g}" if isinstance(value, float) else value
-        words.append(option if value is True else f"{option} {shown}")
-    return " ".join(words)
+def _settings(found: Recipe) -> str:
+    """The settings by the names of their options."""
+    words = [f"dataset {found.dataset}", f"model {found.model}"]
+    words += [f"{key}={value}" for key, value in found.hyperparameters.items()]
+    words += [f"{option_name(name)[2:]} {value}" for name, value in found.training.items()]
+    return ", ".join(words)

@@ -264,7 +264,10 @@ class Trainer:
             attacked = self._logits(found.moved(x, epsilon)[:, 0])
             return attacked, F.cross_entropy(attacked, labels)
         worst = worst_logits(self._logits, x, logits, labels, curvature, epsilon, found)
-        return worst, F.cross_entropy(worst / config.temperature, labels)
+        loss = F.cross_entropy(worst / config.temperature, labels)
+        short = (found.shares < 1.0).any(dim=1, keepdim=True)  # of the budget: not certified
+        own = F.one_hot(labels, logits.shape[1]).bool()
+        return worst.masked_fill(own & short, -torch.inf), loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on as if nothing had happened."""

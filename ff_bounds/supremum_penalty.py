@@ -54,6 +54,11 @@ class SupremumPenalty(nn.Module):
             groups, _, c_in, *taps = shape
             image = torch.randn(len(layers) * groups, c_in, *_grid(taps), generator=generator)
             self.register_buffer(f"right_{bucket}", _unit_at_each_frequency(image)[0])
+            # Where a step ends in zero, go on from (cos 0, cos 1, cos 2, ...), which no matrix of
+            # floating-point numbers but zero sends to zero; see `PowerIterationPenalty`.
+            fresh = torch.arange(image[0].numel(), dtype=torch.float64).cos()
+            restart = fresh.to(image).reshape(image[:1].shape).expand_as(image)
+            self.register_buffer(f"restart_{bucket}", restart, persistent=False)
 
     def forward(self, kernels: Sequence[Tensor], iterations: int = 1) -> Tensor:
         """Return ``(kernels,)`` estimates, in the order and the dtype of ``kernels``.
@@ -115,9 +120,11 @@ class SupremumPenalty(nn.Module):
         for _ in range(iterations):
             left, u, _ = _unit_at_each_frequency(_circular(weight, right))
             image, v, gains = _unit_at_each_frequency(_circular(weight, left, adjoint=True))
-            # A vector that ends in zero is kept: rounding moves it out of the null space.
-            alive = gains.flatten(1).amax(dim=1) > 0
-            right = torch.where(alive.reshape(-1, *[1] * (right.ndim - 1)), image, right)
+            if not bool((gains > 0).all()):
+                restart = cast(Tensor, getattr(self, f"restart_{bucket}")).to(precision)
+                alive = gains.flatten(1).amin(dim=1) > 0
+                image = torch.where(alive.reshape(-1, *[1] * (image.ndim - 1)), image, restart)
+            right = image
         buffer.copy_(right)
 
         frequencies = gains.shape[1:]

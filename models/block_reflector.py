@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.parametrizations import in_own_precision
 
-_SHARE, _LEAST = 1e-4, 1e-12
+_SHARE, _LEAST = 1e-5, 1e-12
 """``d``: this share of the mean square of the columns, and this for a kernel of zeros."""
 
 
@@ -67,7 +67,7 @@ class BlockReflectorConv2d(nn.Module):
         weight = weight / torch.where(largest > 0, largest, 1.0)
         spectrum = torch.fft.rfft2(weight, s=(height, width)).flatten(2).permute(2, 0, 1)
         gram = spectrum.mH @ spectrum
-        mean = gram.diagonal(dim1=1, dim2=2).real.detach().mean()
+        mean = gram.diagonal(dim1=1, dim2=2).real.mean()
         identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         factor = torch.linalg.cholesky(gram + (_SHARE * mean + _LEAST) * identity)
         rows = torch.linalg.solve_triangular(factor, spectrum.mH, upper=False)

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +13,13 @@ import torch
 from torch import nn
 
 import models
-from certify import CertifiedModel, TrainingConfig, UnsupportedModel, train
-from certify.augmentation import shift
+from certify import CertifiedModel, TrainingConfig, UnsupportedModel, optimisation, train, training
+from certify.augmentation import augmentations, shift
 from certify.data import ImageData, load
-from certify.training import Trainer, TrainingDiverged
+from certify.optimisation import budget, learning_rate
+from certify.run import RunConfig, run_training
+from certify.training import EpochMetrics, Trainer, TrainingDiverged
+from certify.training_config import FIRST_ORDER_LOSSES, OPTIMIZERS
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +164,319 @@ def test_models_that_cannot_be_trained(
         train(model, small(digits, 100), TrainingConfig(epochs=1))
 
 
+# --- averages, limits and choices -------------------------------------------------------------
+
+
+def test_training_returns_the_average_of_the_weights(digits: ImageData) -> None:
+    data, config = small(digits, 256), TrainingConfig(epochs=2, batch_size=64, ema=0.7)
+    trainer = Trainer(make(), data, config)
+    seen: list[dict[str, torch.Tensor]] = []
+    metrics = [
+        trainer.run_epoch(lambda _: seen.append(weights(trainer.model)))
+        for _ in range(config.epochs)
+    ]
+    assert len(seen) == 8
+    average = {name: value.double() for name, value in seen[0].items()}
+    for step in seen[1:]:
+        average = {name: 0.7 * average[name] + 0.3 * value for name, value in step.items()}
+    found = weights(trainer.result)
+    for name, value in average.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=0.0, atol=1e-6)
+    assert trainer.result is not trainer.model
+    assert any(not torch.equal(found[name], value) for name, value in seen[-1].items())
+
+    model = make()
+    again = train(model, data, config)
+    assert [one.loss for one in again] == [one.loss for one in metrics]
+    for name, value in weights(model).items():
+        assert torch.equal(value, found[name])
+    CertifiedModel(model, (1, 28, 28)).margin_lipschitz()
+
+
+def test_without_an_average_the_model_is_the_result(digits: ImageData) -> None:
+    trainer = Trainer(make(), small(digits, 64), TrainingConfig(epochs=1))
+    assert trainer.result is trainer.model
+    assert trainer.state_dict()["average"] is None
+
+
+def test_an_average_of_computed_and_of_normalised_weights(digits: ImageData) -> None:
+    """Of what they are computed from: the result is orthonormal all the same."""
+    model = tiny_liresnet()
+    train(model, shrunk(digits, 128), TrainingConfig(epochs=1, batch_size=32, ema=0.5))
+    last = model[-3].weight.detach()  # type: ignore[operator, union-attr, index]
+    torch.testing.assert_close(last @ last.T, torch.eye(len(last)), rtol=0.0, atol=1e-4)
+    torch.manual_seed(0)
+    normalised = models.build("resnet20", width=2, input_shape=(1, 8, 8), mean=[0.5], std=[0.25])
+    train(normalised, shrunk(digits, 64), TrainingConfig(epochs=1, batch_size=16, ema=0.5))
+    assert all(bool(value.isfinite().all()) for value in weights(normalised).values())
+    CertifiedModel(normalised, (1, 8, 8)).lipschitz()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ema": 0.8},
+        {"ema": 0.8, "optimizer": "sgd", "method": "supremum"},
+        {"optimizer": "muon", "clip_norm": 0.5},
+        {"ema": 0.5, "precision": "bfloat16", "augment": "randaugment:1:9"},
+    ],
+    ids=str,
+)
+def test_resuming_continues_exactly_with(digits: ImageData, settings: dict[str, Any]) -> None:
+    config = TrainingConfig(epochs=2, batch_size=32, **settings)
+    augment = augmentations(config.augment, "mnist-5k")
+    torch.manual_seed(4)  # which randaugment draws from
+    straight = Trainer(small_conv(), small(digits, 128), config, augment)
+    straight.run_epoch()
+    file = io.BytesIO()
+    torch.save(straight.state_dict(), file)
+    straight.run_epoch()
+
+    resumed = Trainer(small_conv(seed=5), small(digits, 128), config, augment)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.epoch == 1
+    assert not resumed.finished
+    resumed.run_epoch()
+    assert resumed.finished
+    for one, other in ((straight.model, resumed.model), (straight.result, resumed.result)):
+        for name, value in weights(one).items():
+            assert torch.equal(value, weights(other)[name])
+
+
+def test_a_run_with_an_average_resumes_exactly(tmp_path: Path) -> None:
+    training = TrainingConfig(epochs=2, batch_size=500, ema=0.8, augment="randaugment:1:9")
+    run = RunConfig("mlp", {"hidden": [8]}, "mnist-5k", None, training, "cpu")
+    straight = run_training(run, tmp_path / "straight").state_dict
+
+    def stop(metrics: EpochMetrics) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(run, tmp_path / "stopped", on_epoch=stop)
+    resumed = run_training(run, tmp_path / "stopped", resume=True).state_dict
+    for name, value in straight.items():
+        assert torch.equal(value, resumed[name])
+    rows = [(tmp_path / name / "metrics.csv").read_text() for name in ("straight", "stopped")]
+    assert [len(text.splitlines()) for text in rows] == [3, 3]
+
+
+def test_a_limit_of_time_ends_training_with_its_schedules(
+    digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = SimpleNamespace(seconds=50.0)
+    monkeypatch.setattr(optimisation, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    rates, budgets = [], []
+
+    def noted_rate(config: TrainingConfig, done: float) -> float:
+        rates.append((done, learning_rate(config, done)))
+        return rates[-1][1]
+
+    def noted_budget(config: TrainingConfig, done: float) -> float:
+        budgets.append(budget(config, done))
+        return budgets[-1]
+
+    monkeypatch.setattr(training, "learning_rate", noted_rate)
+    monkeypatch.setattr(training, "budget", noted_budget)
+
+    def tick(metrics: EpochMetrics) -> None:
+        now.seconds += 1.0
+
+    config = TrainingConfig(
+        epochs=100, batch_size=64, max_minutes=10 / 60, warm_up=0.2, ramp=0.5, epsilon=0.3
+    )
+    trainer = Trainer(make(), small(digits, 256), config)
+    metrics = []
+    while not trainer.finished:
+        metrics.append(trainer.run_epoch(tick))
+    assert [one.seconds for one in metrics] == [3.0, 7.0, 9.0]  # of four steps and of two
+    assert [done for done, _ in rates] == pytest.approx([k / 10 for k in range(10)], abs=1e-12)
+    found = [rate for _, rate in rates]
+    assert max(found) == found[2] == config.lr
+    assert found[2:] == sorted(found[2:], reverse=True)
+    assert 0.0 < found[-1] < 0.05 * config.lr
+    assert budgets[0] == 0.0
+    assert budgets[5:] == [0.3] * 5
+
+    late = Trainer(make(), small(digits, 256), config)
+    late.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    assert late.finished  # the time of the sessions before counts
+
+
+def test_steps_end_training_before_a_limit_of_time_does(digits: ImageData) -> None:
+    config = TrainingConfig(epochs=2, batch_size=64, max_minutes=1e6)
+    assert len(train(make(), small(digits, 128), config)) == 2
+
+
+def test_training_makes_a_step_however_short_the_time(digits: ImageData) -> None:
+    config = TrainingConfig(epochs=3, batch_size=64, max_minutes=1e-9)
+    (metrics,) = train(make(), small(digits, 256), config)
+    assert math.isfinite(metrics.loss)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(
+    digits: ImageData, monkeypatch: pytest.MonkeyPatch, clip_norm: float
+) -> None:
+    def steep(
+        logits: torch.Tensor, labels: torch.Tensor, bounds: torch.Tensor, epsilon: float
+    ) -> torch.Tensor:
+        return (0.0 * logits).sum().sqrt()  # zero, with an infinite slope
+
+    monkeypatch.setitem(training.LOSSES, "margin", steep)
+    config = TrainingConfig(epochs=1, clip_norm=clip_norm)
+    trainer = Trainer(make(), small(digits, 64), config)
+    before = weights(trainer.model)
+    with pytest.raises(TrainingDiverged, match="the gradient became nan in epoch 1"):
+        trainer.run_epoch()
+    for name, value in weights(trainer.model).items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.02])
+def test_clipping_bounds_the_gradient_of_a_step(digits: ImageData, clip_norm: float) -> None:
+    config = TrainingConfig(
+        epochs=1,
+        batch_size=64,
+        optimizer="sgd",
+        momentum=0.0,
+        lr=0.1,
+        warm_up=0.0,
+        schedule="constant",
+        clip_norm=clip_norm,
+    )
+    trainer = Trainer(make(), small(digits, 64), config)  # one step
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.run_epoch()
+    pairs = zip(trainer.model.parameters(), before, strict=True)
+    step = math.sqrt(sum((p.detach() - old).square().sum().item() for p, old in pairs)) / config.lr
+    if clip_norm:
+        assert step == pytest.approx(clip_norm, rel=1e-3, abs=0.0)
+    else:
+        assert step > 0.1
+
+
+def small_conv(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return models.build("2c2f", width=2, activation="maxmin")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"loss": loss} for loss in FIRST_ORDER_LOSSES]
+    + [{"optimizer": optimizer} for optimizer in OPTIMIZERS],
+    ids=str,
+)
+def test_every_loss_and_optimizer_trains(digits: ImageData, settings: dict[str, Any]) -> None:
+    model = small_conv()
+    before = weights(model)
+    config = TrainingConfig(epochs=1, batch_size=32, epsilon=0.1, epsilon_start=0.1, **settings)
+    (metrics,) = train(model, small(digits, 64), config)
+    assert math.isfinite(metrics.loss)
+    for name, _ in model.named_parameters():
+        after = weights(model)[name]
+        assert bool(after.isfinite().all())
+        assert not torch.equal(after, before[name]), name
+
+
+def test_losses_get_their_settings(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def noting(
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        margin_lipschitz: torch.Tensor,
+        epsilon: float,
+        *,
+        trade_off: float = 1.0,
+    ) -> torch.Tensor:
+        assert margin_lipschitz.shape == (10, 10)
+        seen.append((epsilon, trade_off))
+        return nn.functional.cross_entropy(logits, labels)
+
+    monkeypatch.setitem(training.LOSSES, "gloro-trades", noting)
+    config = TrainingConfig(
+        epochs=1,
+        batch_size=32,
+        loss="gloro-trades",
+        temperature=5.0,
+        trade_off=2.5,
+        epsilon=0.4,
+        epsilon_start=0.2,
+        ramp=1.0,
+    )
+    train(make(), small(digits, 64), config)
+    assert seen == [(0.2, 2.5), (pytest.approx(0.3, rel=1e-12, abs=0.0), 2.5)]
+
+
+# --- linear residual networks -----------------------------------------------------------------
+
+
+def shrunk(digits: ImageData, count: int = 512) -> ImageData:
+    """Images of 8 x 8 pixels."""
+    data = small(digits, count)
+    return ImageData(data.images[:, :, 2:26:3, 2:26:3], data.labels, data.classes)
+
+
+def tiny_liresnet(**settings: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return models.liresnet(input_shape=(1, 8, 8), width=8, depth=(1, 1), dense=(16,), **settings)
+
+
+@pytest.mark.parametrize("block", ["residual", "aol", "sll", "plain"])
+def test_the_method_that_training_follows_is_the_one_of_the_certificate(
+    digits: ImageData, block: str
+) -> None:
+    config = TrainingConfig(
+        epochs=4, batch_size=128, method="supremum", loss="emma", epsilon=0.1, ramp=0.0
+    )
+    model = tiny_liresnet(block=block)
+    metrics = train(model, shrunk(digits), config)
+    assert metrics[-1].clean_accuracy > metrics[0].clean_accuracy
+    certified = CertifiedModel(model, (1, 8, 8), method="supremum").lipschitz().item()
+    # The learning rate has nearly fallen to zero: the last epoch's mean is of the last weights.
+    assert metrics[-1].lipschitz_estimate == pytest.approx(certified, rel=0.05, abs=0.0)
+    other = CertifiedModel(model, (1, 8, 8)).lipschitz().item()
+    if block != "sll":
+        assert other > 1.1 * certified
+
+
+def test_bfloat16_leaves_orthonormal_weights_in_float32(
+    digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = set()
+    rows = models.parametrizations._orthonormal_rows
+
+    def noted(matrix: torch.Tensor) -> torch.Tensor:
+        result = rows(matrix)
+        computed.add((matrix.dtype, result.dtype, torch.is_autocast_enabled("cpu")))
+        return result
+
+    monkeypatch.setattr(models.parametrizations, "_orthonormal_rows", noted)
+    model = tiny_liresnet()
+    config = TrainingConfig(
+        epochs=2, batch_size=64, precision="bfloat16", method="supremum", epsilon=0.05, ramp=0.0
+    )
+    trainer = Trainer(model, shrunk(digits), config)
+    results = set()
+    model[-1].register_forward_hook(lambda _, __, result: results.add(result.dtype))
+    first, second = trainer.run_epoch(), trainer.run_epoch()
+    assert second.loss < first.loss
+    assert results == {torch.bfloat16}  # the products were computed in it
+    assert computed == {(torch.float32, torch.float32, False)}
+    orthonormal = [
+        module.weight.detach().flatten(1)
+        for module in model.modules()
+        if "Orthonormal" in str(getattr(module, "parametrizations", ""))
+        and isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    assert len(orthonormal) == 2
+    for weight in orthonormal:
+        gram = weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight
+        torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0.0, atol=1e-4)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -169,6 +488,20 @@ def test_models_that_cannot_be_trained(
         {"epsilon": -0.1},
         {"lipschitz_penalty": math.nan},
         {"log_lipschitz_penalty": -1.0},
+        {"epsilon_start": -0.1},
+        {"trade_off": math.nan},
+        {"weight_decay": math.inf},
+        {"clip_norm": -1.0},
+        {"warm_up": 1.5},
+        {"momentum": 1.0},
+        {"ema": 1.0},
+        {"ema": -0.1},
+        {"max_minutes": 0.0},
+        {"max_minutes": math.nan},
+        {"max_minutes": math.inf},
+        {"optimizer": "lion"},
+        {"schedule": "step"},
+        {"method": "best"},
     ],
     ids=str,
 )

