@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from certify.augmentation import Augmentation
-from certify.curvature_estimate import HeadEstimator
 from certify.data import ImageData, pixels
-from certify.dual_training import dual_points, worst_logits
-from certify.losses import LOSSES
-from certify.norms import NetworkEstimator
+from certify.objective import Objective
 from certify.optimisation import Clock, budget, learning_rate, make_optimizers
 from certify.signal import UnsupportedModel
-from certify.training_config import SECOND_ORDER_LOSSES, TrainingConfig
+from certify.training_config import TrainingConfig
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 - the name says what happened
@@ -76,29 +71,17 @@ class Trainer:
         self._device = trained[0].device
         self._images = data.images.to(self._device)
         self._labels = data.labels.to(self._device)
-        shape, seed, method = data.input_shape, config.seed, config.method
-        self._estimator = NetworkEstimator(model, shape, seed, method)
+        self._objective = Objective(model, data.input_shape, config)
         _check_logits(model, pixels(self._images[:1]), self._labels)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._forward = torch.compile(model) if config.compile else model
         self._optimizers = make_optimizers(config, trained)
         self._trained = trained
         self._average: AveragedModel | None = None
         if config.ema:
             average = get_ema_multi_avg_fn(config.ema)
             self._average = AveragedModel(model, multi_avg_fn=average)
-        self._generator = torch.Generator().manual_seed(seed)
-        self._smooth: HeadEstimator | None = None
-        if config.needs_curvature:
-            self._smooth = HeadEstimator(model, shape, seed, method)
-        with torch.no_grad():  # from a random start to usable estimates
-            estimate = self._estimator(iterations=30)
-            if self._smooth is not None:
-                self._smooth(estimate, iterations=30)
-        arguments = inspect.signature(LOSSES.get(config.loss, F.cross_entropy)).parameters
-        own = {"temperature": config.temperature, "trade_off": config.trade_off}
-        self._loss_arguments = {name: value for name, value in own.items() if name in arguments}
+        self._generator = torch.Generator().manual_seed(config.seed)
         self._clock = Clock(config.epochs * self.steps_per_epoch, config.max_minutes)
 
     @property
@@ -159,43 +142,16 @@ class Trainer:
             x = augmentation(x, self._generator)
         if config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        features = self._features(x)
-        logits = self._logits(features)
-        if not isinstance(logits, Tensor):
-            raise UnsupportedModel("in training mode, too, the model must return one tensor")
-        estimate = self._estimator()
-        curvature, scale = None, None
-        if self._smooth is not None:
-            curvature, scale = self._smooth(estimate)
-        if config.loss in LOSSES:
-            bounds = estimate.margin_lipschitz()
-            own = self._loss_arguments
-            loss = LOSSES[config.loss](logits, labels, bounds, epsilon, **own)
-            worst = logits + config.epsilon * bounds.to(logits.dtype)[labels]
-        else:
-            assert curvature is not None
-            assert scale is not None
-            radius = epsilon * scale.to(logits.dtype)
-            worst, loss = self._second_order(features, logits, labels, curvature, radius)
-        lipschitz = estimate.lipschitz()
-        if config.lipschitz_penalty:
-            loss = loss + config.lipschitz_penalty * estimate.layers.sum()
-        if config.log_lipschitz_penalty:
-            loss = loss + config.log_lipschitz_penalty * lipschitz.log()
-        if config.curvature_penalty and curvature is not None:
-            own_class = F.one_hot(labels, logits.shape[1]).bool()
-            runner_up = logits.detach().masked_fill(own_class, -torch.inf).argmax(dim=1)
-            loss = loss + config.curvature_penalty * curvature[labels, runner_up].mean()
-        self._update(loss)
-
+        found = self._objective(x, labels, epsilon)
+        self._update(found.loss)
         with torch.no_grad():
-            right = logits.argmax(dim=1) == labels
-            safe = right & (worst.argmax(dim=1) == labels)
+            right = found.logits.argmax(dim=1) == labels
+            safe = right & (found.worst.argmax(dim=1) == labels)
             return (
-                loss.item(),
+                found.loss.item(),
                 right.double().mean().item(),
                 safe.double().mean().item(),
-                lipschitz.item(),
+                found.lipschitz.item(),
             )
 
     def _update(self, loss: Tensor) -> None:
@@ -217,58 +173,6 @@ class Trainer:
         if self._average is not None:
             self._average.update_parameters(self.model)
 
-    def _features(self, x: Tensor) -> Tensor:
-        """What enters the part of the network that attacks are about: inputs, or features."""
-        if self.config.loss not in SECOND_ORDER_LOSSES:
-            return x
-        assert self._smooth is not None
-        if self._smooth.backbone is None:
-            return x.requires_grad_()
-        return cast(Tensor, self._computed(self._smooth.backbone, x))
-
-    def _logits(self, features: Tensor) -> Any:
-        """The network's result for what `_features` returned."""
-        attacked = self.config.loss in SECOND_ORDER_LOSSES
-        if attacked and self._smooth is not None and self._smooth.head is not self.model:
-            return self._computed(self._smooth.head, features)
-        return self._computed(self._forward, features)
-
-    def _computed(self, module: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """A module's result, in float32 whatever it is computed in."""
-        if self.config.precision == "float32":
-            return module(x)
-        with torch.autocast(self._device.type, torch.bfloat16):
-            result = module(x)
-        return result.float() if isinstance(result, Tensor) else result
-
-    def _second_order(
-        self, x: Tensor, logits: Tensor, labels: Tensor, curvature: Tensor, epsilon: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the worst logits that are certified in a ball of features, and the loss."""
-        config = self.config
-        attacked_classes = 1 if config.loss == "crt" else config.attack_classes
-        classes = min(attacked_classes, logits.shape[1] - 1)
-        found = dual_points(
-            self._logits,
-            x,
-            logits,
-            labels,
-            curvature,
-            epsilon,
-            classes=classes,
-            steps=config.attack_steps,
-            within_reach=config.loss == "dual-emma",
-        )
-        x = x.detach() if x.is_leaf else x  # no gradient of inputs, but of features
-        if config.loss == "crt":
-            attacked = self._logits(found.moved(x, epsilon)[:, 0])
-            return attacked, F.cross_entropy(attacked, labels)
-        worst = worst_logits(self._logits, x, logits, labels, curvature, epsilon, found)
-        loss = F.cross_entropy(worst / config.temperature, labels)
-        short = (found.shares < 1.0).any(dim=1, keepdim=True)  # of the budget: not certified
-        own = F.one_hot(labels, logits.shape[1]).bool()
-        return worst.masked_fill(own & short, -torch.inf), loss
-
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on as if nothing had happened."""
         on_cuda = self._device.type == "cuda"
@@ -277,8 +181,7 @@ class Trainer:
             "seconds": self._clock.seconds,
             "model": self.model.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
-            "estimator": self._estimator.state_dict(),
-            "smooth": None if self._smooth is None else self._smooth.get_extra_state(),
+            "objective": self._objective.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "generator": self._generator.get_state(),
             "torch_generator": torch.get_rng_state(),
@@ -290,9 +193,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
-        self._estimator.load_state_dict(state["estimator"])
-        if self._smooth is not None:
-            self._smooth.set_extra_state(state["smooth"])
+        self._objective.load_state_dict(state["objective"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self._generator.set_state(state["generator"])

@@ -1,0 +1,179 @@
+"""What a training makes small: the loss of a batch, with all bounds that it rests on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from certify.curvature_estimate import HeadEstimator
+from certify.dual_training import dual_points, worst_logits
+from certify.losses import LOSSES
+from certify.norms import NetworkEstimate, NetworkEstimator
+from certify.signal import UnsupportedModel
+from certify.training_config import SECOND_ORDER_LOSSES, TrainingConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a batch came to.
+
+    Attributes:
+        loss: scalar, with a gradient.
+        logits: ``(N, C)``.
+        worst: ``(N, C)``, logits that still favour the label where the sample would be certified
+            at the whole budget, by estimated norms.
+        lipschitz: estimate for the network.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    worst: Tensor
+    lipschitz: Tensor
+
+
+class Objective:
+    """The loss that a config names, and its penalties, for a model being trained.
+
+    Args:
+        model: in training; the current weights are used at each call.
+        input_shape: shape of one sample.
+        config: which loss, and its settings.
+
+    Raises:
+        UnsupportedModel: a network that could not be certified afterwards, or not for the loss.
+    """
+
+    def __init__(
+        self, model: nn.Module, input_shape: tuple[int, ...], config: TrainingConfig
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._estimator = NetworkEstimator(model, input_shape, config.seed, config.method)
+        self._smooth: HeadEstimator | None = None
+        if config.needs_curvature:
+            self._smooth = HeadEstimator(model, input_shape, config.seed, config.method)
+        with torch.no_grad():  # from a random start to usable estimates
+            estimate = self._estimator(iterations=30)
+            if self._smooth is not None:
+                self._smooth(estimate, iterations=30)
+        self._forward: Callable[[Tensor], Any] = torch.compile(model) if config.compile else model
+        arguments = inspect.signature(LOSSES.get(config.loss, F.cross_entropy)).parameters
+        own = {"temperature": config.temperature, "trade_off": config.trade_off}
+        self._loss_arguments = {name: value for name, value in own.items() if name in arguments}
+
+    def __call__(self, x: Tensor, labels: Tensor, epsilon: float) -> Outcome:
+        """Compute the loss of a batch.
+
+        Args:
+            x: ``(N, *input_shape)``.
+            labels: ``(N,)``.
+            epsilon: budget, now.
+
+        Raises:
+            UnsupportedModel: the model does not return a tensor in training mode.
+        """
+        config = self._config
+        features = self._features(x)
+        logits = self._logits(features)
+        if not isinstance(logits, Tensor):
+            raise UnsupportedModel("in training mode, too, the model must return one tensor")
+        estimate = self._estimator()
+        curvature, scale = None, None
+        if self._smooth is not None:
+            curvature, scale = self._smooth(estimate)
+        if config.loss in LOSSES:
+            bounds = estimate.margin_lipschitz()
+            own = self._loss_arguments
+            loss = LOSSES[config.loss](logits, labels, bounds, epsilon, **own)
+            worst = logits + config.epsilon * bounds.to(logits.dtype)[labels]
+        else:
+            assert curvature is not None
+            assert scale is not None
+            radius = epsilon * scale.to(logits.dtype)
+            worst, loss = self._second_order(features, logits, labels, curvature, radius)
+        loss = loss + self._penalties(estimate, logits, labels, curvature)
+        return Outcome(loss, logits, worst, estimate.lipschitz())
+
+    def _penalties(
+        self, estimate: NetworkEstimate, logits: Tensor, labels: Tensor, curvature: Tensor | None
+    ) -> Tensor:
+        config = self._config
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        if config.lipschitz_penalty:
+            total = total + config.lipschitz_penalty * estimate.layers.sum()
+        if config.log_lipschitz_penalty:
+            total = total + config.log_lipschitz_penalty * estimate.lipschitz().log()
+        if config.curvature_penalty and curvature is not None:
+            own = F.one_hot(labels, logits.shape[1]).bool()
+            runner_up = logits.detach().masked_fill(own, -torch.inf).argmax(dim=1)
+            total = total + config.curvature_penalty * curvature[labels, runner_up].mean()
+        return total
+
+    def _features(self, x: Tensor) -> Tensor:
+        """What enters the part of the network that attacks are about: inputs, or features."""
+        if self._config.loss not in SECOND_ORDER_LOSSES:
+            return x
+        assert self._smooth is not None
+        if self._smooth.backbone is None:
+            return x.requires_grad_()
+        return cast(Tensor, self._computed(self._smooth.backbone, x))
+
+    def _logits(self, features: Tensor) -> Any:
+        """The network's result for what `_features` returned."""
+        attacked = self._config.loss in SECOND_ORDER_LOSSES
+        if attacked and self._smooth is not None and self._smooth.head is not self._model:
+            return self._computed(self._smooth.head, features)
+        return self._computed(self._forward, features)
+
+    def _computed(self, module: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """A module's result, in float32 whatever it is computed in."""
+        if self._config.precision == "float32":
+            return module(x)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            result = module(x)
+        return result.float() if isinstance(result, Tensor) else result
+
+    def _second_order(
+        self, x: Tensor, logits: Tensor, labels: Tensor, curvature: Tensor, epsilon: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the worst logits that are certified in a ball of features, and the loss."""
+        config = self._config
+        attacked_classes = 1 if config.loss == "crt" else config.attack_classes
+        classes = min(attacked_classes, logits.shape[1] - 1)
+        found = dual_points(
+            self._logits,
+            x,
+            logits,
+            labels,
+            curvature,
+            epsilon,
+            classes=classes,
+            steps=config.attack_steps,
+            within_reach=config.loss == "dual-emma",
+        )
+        x = x.detach() if x.is_leaf else x  # no gradient of inputs, but of features
+        if config.loss == "crt":
+            attacked = self._logits(found.moved(x, epsilon)[:, 0])
+            return attacked, F.cross_entropy(attacked, labels)
+        worst = worst_logits(self._logits, x, logits, labels, curvature, epsilon, found)
+        loss = F.cross_entropy(worst / config.temperature, labels)
+        short = (found.shares < 1.0).any(dim=1, keepdim=True)  # of the budget: not certified
+        own = F.one_hot(labels, logits.shape[1]).bool()
+        return worst.masked_fill(own & short, -torch.inf), loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs beside the model's weights."""
+        smooth = None if self._smooth is None else self._smooth.get_extra_state()
+        return {"estimator": self._estimator.state_dict(), "smooth": smooth}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._estimator.load_state_dict(state["estimator"])
+        if self._smooth is not None:
+            self._smooth.set_extra_state(state["smooth"])
