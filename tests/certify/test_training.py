@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import models
-from certify import CertifiedModel, TrainingConfig, UnsupportedModel, optimisation, train, training
+from certify import CertifiedModel, TrainingConfig, UnsupportedModel, losses, optimisation, train
 from certify.augmentation import augmentations, shift
 from certify.data import ImageData, load
 from certify.optimisation import budget, learning_rate
@@ -323,7 +323,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
     ) -> torch.Tensor:
         return (0.0 * logits).sum().sqrt()  # zero, with an infinite slope
 
-    monkeypatch.setitem(training.LOSSES, "margin", steep)
+    monkeypatch.setitem(losses.LOSSES, "margin", steep)
     config = TrainingConfig(epochs=1, clip_norm=clip_norm)
     trainer = Trainer(make(), small(digits, 64), config)
     before = weights(trainer.model)
@@ -394,7 +394,7 @@ def test_losses_get_their_settings(digits: ImageData, monkeypatch: pytest.Monkey
         seen.append((epsilon, trade_off))
         return nn.functional.cross_entropy(logits, labels)
 
-    monkeypatch.setitem(training.LOSSES, "gloro-trades", noting)
+    monkeypatch.setitem(losses.LOSSES, "gloro-trades", noting)
     config = TrainingConfig(
         epochs=1,
         batch_size=32,
