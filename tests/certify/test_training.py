@@ -13,7 +13,15 @@ import torch
 from torch import nn
 
 import models
-from certify import CertifiedModel, TrainingConfig, UnsupportedModel, losses, optimisation, train
+from certify import (
+    CertifiedModel,
+    TrainingConfig,
+    UnsupportedModel,
+    losses,
+    optimisation,
+    train,
+    training,
+)
 from certify.augmentation import augmentations, shift
 from certify.data import ImageData, load
 from certify.optimisation import budget, learning_rate
