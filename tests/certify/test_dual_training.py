@@ -155,3 +155,49 @@ def test_worst_logits_are_below_what_attacks_reach(curvature: float) -> None:
     worst[:, 1].sum().backward()
     assert bounds.grad is not None
     assert bool((bounds.grad >= 0).all())  # more curvature, larger logits of others
+
+
+def test_within_reach_a_ball_ends_at_the_boundary() -> None:
+    """Of linear logits, for which the distance to a boundary is margin over gradient."""
+    torch.manual_seed(0)
+    rows = torch.randn(4, 6, dtype=torch.float64)
+    x = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
+
+    def model(x: Tensor) -> Tensor:
+        return x @ rows.T
+
+    logits = model(x)
+    labels = logits.argmax(dim=1)
+    labels[::4] = (labels[::4] + 1) % 4  # some are wrong
+    budget = torch.tensor(0.4, dtype=torch.float64)
+    flat = torch.full((4, 4), 1e-9, dtype=torch.float64)
+    arguments = (model, x, logits, labels, flat, budget)
+    found = dual_points(*arguments, classes=3, steps=2, within_reach=True)
+
+    margins = (logits.gather(1, labels[:, None]) - logits).gather(1, found.classes)
+    distances = margins / (rows[labels][:, None] - rows[found.classes]).norm(dim=2)
+    expected = distances.clamp(0.0, 0.4)
+    assert torch.allclose(found.shares * 0.4, expected, rtol=0.0, atol=1e-9)
+    assert torch.allclose(found.offsets.norm(dim=2), expected, rtol=0.0, atol=1e-9)
+    worst = worst_logits(*arguments, found).gather(1, found.classes)
+    raised = torch.where(
+        distances > 0.4, (0.4 / distances - 1.0) * margins, (-margins).clamp_min(0)
+    )
+    assert torch.allclose(worst, raised, rtol=0.0, atol=1e-6)
+
+    whole = dual_points(*arguments, classes=3, steps=2)
+    assert bool((whole.shares == 1.0).all())
+    assert torch.allclose(
+        whole.offsets.norm(dim=2), torch.full_like(distances, 0.4), rtol=0.0, atol=1e-9
+    )
+
+
+def test_training_within_reach(digits: ImageData) -> None:
+    model = with_a_head()
+    config = dataclasses.replace(CONFIG, loss="dual-emma", epsilon=0.5, lr=4e-3)
+    metrics = train(model, digits, config)
+    assert metrics[-1].clean_accuracy > 0.8
+    assert certified_accuracy(model, "dual", 0.3) > 0.5
+    # No sample whose ball ended before the budget counts as certified at it.
+    by_dual = certified_accuracy(model, "dual", 0.5)
+    assert metrics[-1].certified_accuracy_estimate == pytest.approx(by_dual, abs=0.2)
