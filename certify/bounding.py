@@ -111,7 +111,7 @@ class Bounding:
     ) -> None:
         self.output = output
         self.order = in_order(output)
-        self._join = join
+        self.join = join
         self._scales = dict(scales or {})
         self._operators: dict[Signal, Operator] = {}
         self._composed: dict[tuple[Weighted, Weighted], Weighted | None] = {}
@@ -209,7 +209,7 @@ class Bounding:
             return root_of_squares(bounds)
         assert isinstance(step, Sum)
         plain = added(bounds)
-        joined = self._joined(signal) if self._join else None
+        joined = self._joined(signal) if self.join else None
         if joined is None:
             return plain
         return torch.minimum(plain, joined.bound(values, norms, self.operator))
@@ -224,7 +224,7 @@ class Bounding:
     ) -> Tensor:
         """Bound ``operator`` applied to ``source``."""
         bound = product_bound(values[source], measure(operator))
-        if not self._join:
+        if not self.join:
             return bound
         expansion = self._expand(operator, source)
         while expansion is not None:

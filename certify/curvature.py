@@ -242,7 +242,7 @@ def proven_weighted_norms(method: str) -> WeightedNorms:
         if len(factors) > _MOST_PAIRS:
             return prove(operator, factors.amax(dim=0, keepdim=True)).expand(len(factors))
         rows = [with_rows(operator, row) for row in factors]
-        bounds = proven_norms([row for row in rows if row is not None], method)
+        bounds = proven_norms([row for row in rows if row is not None], method, any_size=True)
         found = [factors.new_full((), torch.inf) if row is None else bounds(row) for row in rows]
         return torch.stack(found).where(factors.any(dim=1), 0.0)
 

@@ -22,13 +22,14 @@ def check_method(method: str) -> None:
     conv2d_bound(torch.ones(1, 1, 1, 1), method=method)
 
 
-def proven_norms(operators: Sequence[Weighted], method: str) -> Norms:
+def proven_norms(operators: Sequence[Weighted], method: str, *, any_size: bool = False) -> Norms:
     """Prove bounds of the norms of all operators.
 
     Args:
         operators: what will be measured.
         method: how convolutions are bounded, see `ff_bounds.conv_bound`. With ``"supremum"``
             kernels of equal shape are searched together.
+        any_size: whether the norms have to hold beyond the layers' own inputs.
 
     Raises:
         ValueError: an unknown method, or NaN or infinite weights.
@@ -40,7 +41,7 @@ def proven_norms(operators: Sequence[Weighted], method: str) -> Norms:
     if method == "supremum":
         kernels = [operator.exact_kernel() for operator in searched]
         lattice = dict(zip(searched, supremum_bounds(kernels), strict=True))
-    bounds = {o: o.bound(method, lattice=lattice.get(o)) for o in finite}
+    bounds = {o: o.bound(method, lattice=lattice.get(o), any_size=any_size) for o in finite}
     for operator in set(operators) - bounds.keys():  # merged factors that overflow
         bounds[operator] = torch.full_like(operator.norm_error(), torch.inf)
     return bounds.__getitem__

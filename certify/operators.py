@@ -165,7 +165,9 @@ class Matrix(_Weighted):
         """Factor between the norms of the kernel and of the map."""
         return 1.0
 
-    def bound(self, method: str, lattice: Tensor | None = None) -> Tensor:
+    def bound(
+        self, method: str, lattice: Tensor | None = None, *, any_size: bool = False
+    ) -> Tensor:
         """Proven upper bound of the norm; the arguments are those of `Convolution.bound`."""
         bound = spectral_norm_bound(self.effective_weight())
         return sum_bound(bound, self.norm_error())
@@ -257,17 +259,22 @@ class Convolution(_Weighted):
         """Factor that padding by copies of the input can add."""
         return math.sqrt(self._padding_effect()[1])
 
-    def bound(self, method: str, lattice: Tensor | None = None) -> Tensor:
+    def bound(
+        self, method: str, lattice: Tensor | None = None, *, any_size: bool = False
+    ) -> Tensor:
         """Proven upper bound of the norm of the layer's Jacobian.
 
         Args:
             method: as in `ff_bounds.conv_bound`.
             lattice: a proven bound of the norm of `exact_kernel` on the infinite lattice, if there
                 is one already.
+            any_size: whether the bound has to hold beyond the layer's own input, as where layers
+                are composed on the lattice.
         """
         stride, repeats = self._padding_effect()
         weight = self.effective_weight()
-        if lattice is None and self.padding_mode == "circular":
+        fixed = method == "best" and not any_size and not self.adjoint and self.input_size
+        if lattice is None and (self.padding_mode == "circular" or fixed):
             bound = conv_bound(
                 weight,
                 stride=self.stride,

@@ -61,15 +61,21 @@ def bound_network(output: Signal, method: str, tighten: str) -> NetworkBound:
     if tighten == "none":
         return _proven(Bounding(output), method)
     whole = merged(output)
-    found = _proven(Bounding(whole, join=tighten != "merge"), method)
+    join = tighten != "merge"
+    found = _proven(Bounding(whole, join=join), method)
+    if join and method == "best":  # norms on the layers' own inputs, which cannot be composed
+        found = _smaller(found, _proven(Bounding(whole), method))
     if tighten == "balance":
         scales = balancing_scales(whole)
         if scales:
-            balanced = _proven(Bounding(whole, join=True, scales=scales), method)
-            if bool(balanced.lipschitz < found.lipschitz):
-                return balanced
+            found = _smaller(found, _proven(Bounding(whole, join=True, scales=scales), method))
     return found
 
 
+def _smaller(first: NetworkBound, second: NetworkBound) -> NetworkBound:
+    return second if bool(second.lipschitz < first.lipschitz) else first
+
+
 def _proven(bounding: Bounding, method: str) -> NetworkBound:
-    return NetworkBound(bounding, proven_norms(bounding.operators(), method))
+    norms = proven_norms(bounding.operators(), method, any_size=bounding.join)
+    return NetworkBound(bounding, norms)

@@ -43,6 +43,7 @@ from ff_bounds.supremum import (
 from ff_bounds.supremum_penalty import SupremumPenalty
 from ff_bounds.tensor_norm import tensor_norm_bound, tensor_norm_estimate
 from ff_bounds.unfoldings import Unfoldings, unfoldings, unit_stride_kernel
+from ff_bounds.zero_padded import zero_padded_bound
 
 __all__ = [
     "FourBounds",
@@ -78,4 +79,5 @@ __all__ = [
     "tensor_norm_estimate",
     "unfoldings",
     "unit_stride_kernel",
+    "zero_padded_bound",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from ff_bounds.padding import padded_bound, padding_effect
 from ff_bounds.supremum import supremum_bound, supremum_bracket_and_bound
 from ff_bounds.tensor_norm import tensor_norm_bound
 from ff_bounds.unfoldings import Size, per_axis, spatial_axes, unit_stride_kernel
+from ff_bounds.zero_padded import zero_padded_bound
 
 METHODS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "fantastic_four": lambda kernel, tol: unfoldings_bound(kernel),
@@ -162,10 +164,12 @@ def conv_bound(
         padding_mode: ``"zeros"``, ``"circular"``, ``"reflect"`` or ``"replicate"``, as in
             ``torch.nn.Conv2d``.
         input_size: length of each axis of the unpadded input, ``(height, width)`` for two. Matters
-            only for the last three modes; ``None`` gives a bound for every size.
-        method: how ``sigma*`` is bounded, see `lattice_bound`; or ``"circular"``, for circular
-            padding and a known input size: the norm on the grid of that input, to 1e-6
-            (`circular_bracket`). ``"best"`` takes that where it applies.
+            only for the last three modes and for some methods; ``None`` gives a bound for every
+            size.
+        method: how ``sigma*`` is bounded, see `lattice_bound`; or, for a known input size,
+            ``"circular"`` with circular padding: the norm on the grid of that input, to 1e-6
+            (`circular_bracket`), and ``"zero_padded"`` with zeros: the norm on that input
+            (`zero_padded_bound`). ``"best"`` takes these where they apply.
         tol: relative gap of ``"supremum"`` and ``"best"``.
 
     Returns:
@@ -210,10 +214,32 @@ def conv_bound(
             bound = torch.minimum(bound, lattice)
     elif method == "circular":
         raise ValueError("method='circular' needs padding_mode='circular' and an input_size")
+    elif method == "zero_padded":
+        if padding_mode != "zeros" or input_size is None:
+            raise ValueError("method='zero_padded' needs padding_mode='zeros' and an input_size")
+        bound = zero_padded_bound(
+            weight,
+            stride=strides,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            input_size=input_size,
+        )
     else:
         bound = lattice_bound(
             weight, stride=strides, dilation=dilation, groups=groups, method=method, tol=tol
         )
+        if method == "best" and padding_mode == "zeros" and input_size is not None:
+            with contextlib.suppress(ValueError):  # three axes, or too large
+                finite = zero_padded_bound(
+                    weight,
+                    stride=strides,
+                    padding=padding,
+                    dilation=dilation,
+                    groups=groups,
+                    input_size=input_size,
+                )
+                bound = torch.minimum(bound, finite)
     return padded_bound(bound, repeats)
 
 
@@ -238,7 +264,7 @@ def lattice_bound(
     The other arguments are those of `conv_bound`.
     """
     if method not in METHODS:
-        known = ", ".join([*METHODS, "circular"])
+        known = ", ".join([*METHODS, "circular", "zero_padded"])
         raise ValueError(f"expected method to be one of {known}, got {method!r}")
     kernel = unit_stride_kernel(weight, stride=stride, dilation=dilation, groups=groups)
     return METHODS[method](kernel, tol)

@@ -43,7 +43,7 @@ def proves_positive(matrix: Tensor, slack: Tensor) -> Tensor:
         entry = matrix[:, 0, 0].real
         positive: Tensor = (entry >= 0) & torch.isfinite(entry)
         return positive
-    factor, info = _cholesky(matrix)
+    factor, info = cholesky(matrix)
     if matrix.device.type == "cpu":
         pivots = factor.diagonal(dim1=-2, dim2=-1).real
         completed: Tensor = (info == 0) & torch.isfinite(pivots).all(dim=-1)
@@ -54,7 +54,7 @@ def proves_positive(matrix: Tensor, slack: Tensor) -> Tensor:
     return small
 
 
-def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The lower factor, by blocks where that is faster, and zero for those that have one.
 
     A Cholesky in which the sums of products are made block after block.
