@@ -197,7 +197,7 @@ def recipes() -> None:
 @click.option(
     "--method",
     type=click.Choice(_METHODS),
-    help="How convolutions are bounded; supremum is the tightest but for best.  "
+    help="How convolutions are bounded; best is the tightest, and slow.  "
     "[default: as in training, else fantastic_four]",
 )
 @click.option(

@@ -198,6 +198,9 @@ class _Layer:
 
 def _square_and_gradient(layer: _Layer) -> tuple[Tensor, Tensor]:
     """Bound of the squared norm of a layer with entries up to one, and the norm's gradient."""
+    rows, columns = (sorted({tap for _, _, tap in layer.meets(axis)}) for axis in (0, 1))
+    if not bool(layer.weight[:, :, rows][:, :, :, columns].any()):  # no other tap meets the input
+        return layer.weight.new_zeros(()), torch.zeros_like(layer.weight)
     blocks = _gram(layer)
     side = layer.outputs if layer.by_outputs else layer.inputs
     channels = layer.weight.shape[0 if layer.by_outputs else 1]
