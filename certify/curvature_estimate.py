@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,6 +74,21 @@ class CurvatureEstimator(nn.Module):
         self._vectors = list(state)
 
 
+@dataclass(frozen=True)
+class HeadEstimate:
+    """Estimates for the smooth part of a network and for what is before it.
+
+    Attributes:
+        curvature: ``K (C, C)`` of the smooth part.
+        scale: Lipschitz constant of what is before it.
+        lipschitz: of the whole network, as the product of both.
+    """
+
+    curvature: Tensor
+    scale: Tensor
+    lipschitz: Tensor
+
+
 class HeadEstimator(nn.Module):
     """Follow the smooth part of a network through training: its curvature, and what is before it.
 
@@ -111,18 +127,21 @@ class HeadEstimator(nn.Module):
             self._before = NetworkEstimator(self.backbone, input_shape, seed, method)
             self._behind = NetworkEstimator(self.head, cut.shape[1:], seed, method)
 
-    def forward(self, whole: NetworkEstimate, iterations: int = 1) -> tuple[Tensor, Tensor]:
-        """Estimate ``K (C, C)`` of the head and the Lipschitz constant of the backbone.
+    def forward(self, whole: NetworkEstimate | None, iterations: int = 1) -> HeadEstimate:
+        """Estimate the norms of the model's current weights.
 
         Args:
-            whole: estimate of the whole network.
+            whole: estimate of the whole network; only a network without a backbone needs it.
             iterations: steps of power iteration.
         """
         if self.backbone is None:
+            assert whole is not None
             one = torch.ones((), dtype=torch.float64, device=whole.layers.device)
-            return self._curvature(whole, iterations), one
-        curvature: Tensor = self._curvature(self._behind(iterations), iterations)
-        return curvature, self._before(iterations).lipschitz()
+            return HeadEstimate(self._curvature(whole, iterations), one, whole.lipschitz())
+        behind = self._behind(iterations)
+        scale = self._before(iterations).lipschitz()
+        curvature = self._curvature(behind, iterations)
+        return HeadEstimate(curvature, scale, scale * behind.lipschitz())
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a checkpoint has to hold: no parameters, which are the model's."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from certify.curvature_estimate import HeadEstimator
+from certify.curvature_estimate import HeadEstimate, HeadEstimator
 from certify.dual_training import dual_points, worst_logits
 from certify.losses import LOSSES
 from certify.norms import NetworkEstimate, NetworkEstimator
@@ -58,10 +58,12 @@ class Objective:
         self._smooth: HeadEstimator | None = None
         if config.needs_curvature:
             self._smooth = HeadEstimator(model, input_shape, config.seed, config.method)
+        # With a backbone, losses of the second order see it and the head apart.
+        apart = self._smooth is not None and self._smooth.backbone is not None
+        penalised = config.lipschitz_penalty or config.log_lipschitz_penalty
+        self._needs_whole = bool(config.loss in LOSSES or penalised or not apart)
         with torch.no_grad():  # from a random start to usable estimates
-            estimate = self._estimator(iterations=30)
-            if self._smooth is not None:
-                self._smooth(estimate, iterations=30)
+            self._estimates(iterations=30)
         self._forward: Callable[[Tensor], Any] = torch.compile(model) if config.compile else model
         arguments = inspect.signature(LOSSES.get(config.loss, F.cross_entropy)).parameters
         own = {"temperature": config.temperature, "trade_off": config.trade_off}
@@ -83,37 +85,36 @@ class Objective:
         logits = self._logits(features)
         if not isinstance(logits, Tensor):
             raise UnsupportedModel("in training mode, too, the model must return one tensor")
-        estimate = self._estimator()
-        curvature, scale = None, None
-        if self._smooth is not None:
-            curvature, scale = self._smooth(estimate)
+        whole, smooth = self._estimates()
         if config.loss in LOSSES:
-            bounds = estimate.margin_lipschitz()
+            assert whole is not None
+            bounds = whole.margin_lipschitz()
             own = self._loss_arguments
             loss = LOSSES[config.loss](logits, labels, bounds, epsilon, **own)
             worst = logits + config.epsilon * bounds.to(logits.dtype)[labels]
         else:
-            assert curvature is not None
-            assert scale is not None
-            radius = epsilon * scale.to(logits.dtype)
-            worst, loss = self._second_order(features, logits, labels, curvature, radius)
-        loss = loss + self._penalties(estimate, logits, labels, curvature)
-        return Outcome(loss, logits, worst, estimate.lipschitz())
+            assert smooth is not None
+            radius = epsilon * smooth.scale.to(logits.dtype)
+            worst, loss = self._second_order(features, logits, labels, smooth.curvature, radius)
+        if whole is not None:
+            if config.lipschitz_penalty:
+                loss = loss + config.lipschitz_penalty * whole.layers.sum()
+            if config.log_lipschitz_penalty:
+                loss = loss + config.log_lipschitz_penalty * whole.lipschitz().log()
+        if config.curvature_penalty and smooth is not None:
+            own_class = F.one_hot(labels, logits.shape[1]).bool()
+            runner_up = logits.detach().masked_fill(own_class, -torch.inf).argmax(dim=1)
+            pairs = smooth.curvature[labels, runner_up]
+            loss = loss + config.curvature_penalty * pairs.mean()
+        found = whole or smooth
+        assert found is not None
+        lipschitz = found.lipschitz if isinstance(found, HeadEstimate) else found.lipschitz()
+        return Outcome(loss, logits, worst, lipschitz)
 
-    def _penalties(
-        self, estimate: NetworkEstimate, logits: Tensor, labels: Tensor, curvature: Tensor | None
-    ) -> Tensor:
-        config = self._config
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        if config.lipschitz_penalty:
-            total = total + config.lipschitz_penalty * estimate.layers.sum()
-        if config.log_lipschitz_penalty:
-            total = total + config.log_lipschitz_penalty * estimate.lipschitz().log()
-        if config.curvature_penalty and curvature is not None:
-            own = F.one_hot(labels, logits.shape[1]).bool()
-            runner_up = logits.detach().masked_fill(own, -torch.inf).argmax(dim=1)
-            total = total + config.curvature_penalty * curvature[labels, runner_up].mean()
-        return total
+    def _estimates(self, iterations: int = 1) -> tuple[NetworkEstimate | None, HeadEstimate | None]:
+        """Estimates of the whole network and of its smooth part, as far as they are needed."""
+        whole = self._estimator(iterations) if self._needs_whole else None
+        return whole, None if self._smooth is None else self._smooth(whole, iterations)
 
     def _features(self, x: Tensor) -> Tensor:
         """What enters the part of the network that attacks are about: inputs, or features."""
