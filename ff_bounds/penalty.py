@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ff_bounds.kernel_estimates import KernelEstimates
 
 
-class PowerIterationPenalty(nn.Module):
+class PowerIterationPenalty(KernelEstimates):
     r"""Estimates of `fantastic_four_bound` for all layers of a network at once.
 
     **Not a bound.** Each call makes a step or two of power iteration on all four unfoldings of each
@@ -41,56 +43,27 @@ class PowerIterationPenalty(nn.Module):
         3.0
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], seed: int = 0) -> None:
-        super().__init__()
-        self._buckets: dict[tuple[int, ...], list[int]] = {}
-        for layer, shape in enumerate(shapes):
-            self._buckets.setdefault(tuple(shape), []).append(layer)
-        generator = torch.Generator().manual_seed(seed)
-        for bucket, (shape, layers) in enumerate(self._buckets.items()):
-            groups, _, c_in, height, width = shape
-            kinds = _KEPT_BY_ROWS if height * width > 1 else ((False, False),)
-            start = torch.randn(
-                len(layers), groups, height, width, len(kinds), c_in, generator=generator
-            )
-            # Where a step ends in zero, go on from (cos 0, cos 1, cos 2, ...): polynomials of
-            # different degrees in cos 1, which is transcendental, so this is in the null space of
-            # no matrix of floating-point numbers but zero.
-            count = height * width * c_in
-            fresh = torch.arange(count, dtype=torch.float64).cos().reshape(height, width, 1, c_in)
-            for name, vectors in (("right", start), ("restart", fresh.to(start).expand_as(start))):
-                _, unit = _normalized(vectors, [(not a, not b) for a, b in kinds])
-                self.register_buffer(f"{name}_{bucket}", unit, persistent=name == "right")
+    def _start(
+        self, bucket: int, layers: int, shape: tuple[int, ...], generator: torch.Generator
+    ) -> None:
+        groups, _, c_in, height, width = shape
+        kinds = _KEPT_BY_ROWS if height * width > 1 else ((False, False),)
+        start = torch.randn(layers, groups, height, width, len(kinds), c_in, generator=generator)
+        # Where a step ends in zero, go on from (cos 0, cos 1, cos 2, ...): polynomials of
+        # different degrees in cos 1, which is transcendental, so this is in the null space of
+        # no matrix of floating-point numbers but zero.
+        count = height * width * c_in
+        fresh = torch.arange(count, dtype=torch.float64).cos().reshape(height, width, 1, c_in)
+        for name, vectors in (("right", start), ("restart", fresh.to(start).expand_as(start))):
+            _, unit = _normalized(vectors, [(not a, not b) for a, b in kinds])
+            self.register_buffer(f"{name}_{bucket}", unit, persistent=name == "right")
 
-    def forward(self, kernels: Sequence[Tensor], iterations: int = 1) -> Tensor:
-        """Return ``(layers,)`` estimates, in the order and the dtype of ``kernels``.
-
-        Args:
-            kernels: the tensors ``(groups, c_out, c_in, h, w)`` whose shapes were declared.
-            iterations: steps of power iteration, at least one.
-
-        Raises:
-            ValueError: kernels of other shapes than declared, or fewer than one iteration.
-        """
-        if iterations < 1:
-            raise ValueError(f"expected at least one iteration, got {iterations}")
-        found: dict[tuple[int, ...], list[int]] = {}
-        for layer, kernel in enumerate(kernels):
-            found.setdefault(tuple(kernel.shape), []).append(layer)
-        if found != self._buckets:
-            raise ValueError("expected kernels of the shapes that the penalty was made for")
-
-        estimates: list[Tensor] = [torch.empty(0)] * len(kernels)
-        for bucket, layers in enumerate(self._buckets.values()):
-            # (layers, groups, h, w, c_out, c_in)
-            taps = torch.stack([kernels[layer].permute(0, 3, 4, 1, 2) for layer in layers])
-            with torch.no_grad():
-                direction = self._direction(taps.detach(), bucket, iterations).to(taps.dtype)
-            # The gradient of this product is the direction.
-            values = (taps * direction).flatten(1).sum(dim=1).unbind()
-            for layer, value in zip(layers, values, strict=True):
-                estimates[layer] = value
-        return torch.stack(estimates) if estimates else torch.zeros(0)
+    def _values(self, kernels: Tensor, bucket: int, iterations: int) -> Tensor:
+        taps = kernels.permute(0, 1, 4, 5, 2, 3)  # (layers, groups, h, w, c_out, c_in)
+        with torch.no_grad():
+            direction = self._direction(taps.detach(), bucket, iterations).to(taps.dtype)
+        # The gradient of this product is the direction.
+        return (taps * direction).flatten(1).sum(dim=1)
 
     def _direction(self, taps: Tensor, bucket: int, iterations: int) -> Tensor:
         """Return ``sqrt(h w) u v^T`` of the chosen unfolding and group, folded like ``taps``.

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from ff_bounds.kernel_estimates import KernelEstimates
 
-class SupremumPenalty(nn.Module):
+
+class SupremumPenalty(KernelEstimates):
     r"""Estimates of `supremum_bound` for all kernels of a network at once.
 
     **Not a bound.** On a circular grid a convolution acts on each frequency ``f`` alone, by the
@@ -44,54 +46,24 @@ class SupremumPenalty(nn.Module):
         9.0
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], seed: int = 0) -> None:
-        super().__init__()
-        self._buckets: dict[tuple[int, ...], list[int]] = {}
-        for layer, shape in enumerate(shapes):
-            self._buckets.setdefault(tuple(shape), []).append(layer)
-        generator = torch.Generator().manual_seed(seed)
-        for bucket, (shape, layers) in enumerate(self._buckets.items()):
-            groups, _, c_in, *taps = shape
-            image = torch.randn(len(layers) * groups, c_in, *_grid(taps), generator=generator)
-            self.register_buffer(f"right_{bucket}", _unit_at_each_frequency(image)[0])
-            # Where a step ends in zero, go on from (cos 0, cos 1, cos 2, ...), which no matrix of
-            # floating-point numbers but zero sends to zero; see `PowerIterationPenalty`.
-            fresh = torch.arange(image[0].numel(), dtype=torch.float64).cos()
-            restart = fresh.to(image).reshape(image[:1].shape).expand_as(image)
-            self.register_buffer(f"restart_{bucket}", restart, persistent=False)
+    def _start(
+        self, bucket: int, layers: int, shape: tuple[int, ...], generator: torch.Generator
+    ) -> None:
+        groups, _, c_in, *taps = shape
+        image = torch.randn(layers * groups, c_in, *_grid(taps), generator=generator)
+        self.register_buffer(f"right_{bucket}", _unit_at_each_frequency(image)[0])
+        # Where a step ends in zero, go on from (cos 0, cos 1, cos 2, ...), which no matrix of
+        # floating-point numbers but zero sends to zero; see `PowerIterationPenalty`.
+        fresh = torch.arange(image[0].numel(), dtype=torch.float64).cos()
+        restart = fresh.to(image).reshape(image[:1].shape).expand_as(image)
+        self.register_buffer(f"restart_{bucket}", restart, persistent=False)
 
-    def forward(self, kernels: Sequence[Tensor], iterations: int = 1) -> Tensor:
-        """Return ``(kernels,)`` estimates, in the order and the dtype of ``kernels``.
-
-        Args:
-            kernels: the tensors ``(groups, c_out, c_in, *taps)`` whose shapes were declared.
-            iterations: steps of power iteration, at least one.
-
-        Raises:
-            ValueError: kernels of other shapes than declared, or fewer than one iteration.
-        """
-        if iterations < 1:
-            raise ValueError(f"expected at least one iteration, got {iterations}")
-        found: dict[tuple[int, ...], list[int]] = {}
-        for layer, kernel in enumerate(kernels):
-            found.setdefault(tuple(kernel.shape), []).append(layer)
-        if found != self._buckets:
-            raise ValueError("expected kernels of the shapes that the penalty was made for")
-
-        estimates: list[Tensor] = [torch.empty(0)] * len(kernels)
-        for bucket, layers in enumerate(self._buckets.values()):
-            some = [kernels[layer] for layer in layers]
-            stacked = (
-                torch.stack(some) if len(some) > 1 else some[0][None]
-            )  # no copy of a large one
-            with torch.no_grad():
-                group, left, right, phases = self._peak(stacked.detach(), bucket, iterations)
-            every = torch.arange(len(layers), device=group.device)
-            chosen = stacked[:, 0] if stacked.shape[1] == 1 else stacked[every, group]
-            values = _gains(chosen.flatten(3), left, right, phases)
-            for layer, value in zip(layers, values.to(stacked.dtype).unbind(), strict=True):
-                estimates[layer] = value
-        return torch.stack(estimates) if estimates else torch.zeros(0)
+    def _values(self, kernels: Tensor, bucket: int, iterations: int) -> Tensor:
+        with torch.no_grad():
+            group, left, right, phases = self._peak(kernels.detach(), bucket, iterations)
+        every = torch.arange(len(kernels), device=group.device)
+        chosen = kernels[:, 0] if kernels.shape[1] == 1 else kernels[every, group]
+        return _gains(chosen.flatten(3), left, right, phases).to(kernels.dtype)
 
     def _peak(
         self, kernels: Tensor, bucket: int, iterations: int
