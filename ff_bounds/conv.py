@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -200,6 +201,16 @@ def conv_bound(
         padding_mode=padding_mode,
         input_size=input_size,
     )
+    pads_zeros = padding_mode == "zeros" and input_size is not None
+    on_input = partial(
+        zero_padded_bound,
+        weight,
+        stride=strides,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        input_size=input_size or 1,
+    )
     wraps = padding_mode == "circular" and method in ("circular", "best")
     if wraps and input_size is not None:
         kernel, grid = circular_kernel(
@@ -215,31 +226,16 @@ def conv_bound(
     elif method == "circular":
         raise ValueError("method='circular' needs padding_mode='circular' and an input_size")
     elif method == "zero_padded":
-        if padding_mode != "zeros" or input_size is None:
+        if not pads_zeros:
             raise ValueError("method='zero_padded' needs padding_mode='zeros' and an input_size")
-        bound = zero_padded_bound(
-            weight,
-            stride=strides,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            input_size=input_size,
-        )
+        bound = on_input()
     else:
         bound = lattice_bound(
             weight, stride=strides, dilation=dilation, groups=groups, method=method, tol=tol
         )
-        if method == "best" and padding_mode == "zeros" and input_size is not None:
+        if method == "best" and pads_zeros:
             with contextlib.suppress(ValueError):  # three axes, or too large
-                finite = zero_padded_bound(
-                    weight,
-                    stride=strides,
-                    padding=padding,
-                    dilation=dilation,
-                    groups=groups,
-                    input_size=input_size,
-                )
-                bound = torch.minimum(bound, finite)
+                bound = torch.minimum(bound, on_input())
     return padded_bound(bound, repeats)
 
 
