@@ -16,7 +16,7 @@ from ff_bounds.padding import padded_bound, padding_effect
 from ff_bounds.supremum import supremum_bound, supremum_bracket_and_bound
 from ff_bounds.tensor_norm import tensor_norm_bound
 from ff_bounds.unfoldings import Size, per_axis, spatial_axes, unit_stride_kernel
-from ff_bounds.zero_padded import zero_padded_bound
+from ff_bounds.zero_padded import TooLarge, zero_padded_bound
 
 METHODS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "fantastic_four": lambda kernel, tol: unfoldings_bound(kernel),
@@ -233,8 +233,8 @@ def conv_bound(
         bound = lattice_bound(
             weight, stride=strides, dilation=dilation, groups=groups, method=method, tol=tol
         )
-        if method == "best" and pads_zeros:
-            with contextlib.suppress(ValueError):  # three axes, or too large
+        if method == "best" and pads_zeros and weight.ndim < 5:
+            with contextlib.suppress(TooLarge):
                 bound = torch.minimum(bound, on_input())
     return padded_bound(bound, repeats)
 
