@@ -71,7 +71,7 @@ _CIFAR = {
     "clip_norm": 3.0,
     "augment": "shift:4,flip",
     "loss": "emma",
-    "epsilon": 72 / 255,
+    "epsilon": 84 / 255,
     "epsilon_start": 3.6 / 255,
     "method": "supremum",
     "precision": "bfloat16",
@@ -90,7 +90,7 @@ RECIPES: dict[str, Recipe] = {
         dataset="cifar10",
         model="liresnet",
         hyperparameters={"width": 48, "depth": [2, 5], "dense": [256]},
-        training={**_CIFAR, "epochs": 160},
+        training={**_CIFAR, "epochs": 140, "max_minutes": 88.0},
         evaluation="--eps 36/255 --eps 72/255 --eps 108/255 --eps 1",
     ),
 }

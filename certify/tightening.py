@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from certify.balancing import balancing_scales
@@ -24,10 +25,13 @@ class NetworkBound:
     Attributes:
         bounding: the steps and how they are combined.
         norms: proven norms of its operators.
+        other: another bound of the same network, larger as a whole, but perhaps not for each pair
+            of outputs.
     """
 
     bounding: Bounding
     norms: Norms
+    other: NetworkBound | None = None
 
     @cached_property
     def values(self) -> dict[Signal, Tensor]:
@@ -42,7 +46,8 @@ class NetworkBound:
     @cached_property
     def margins(self) -> Tensor:
         """Bounds ``(C, C)`` of the differences of two outputs; see `margin_lipschitz`."""
-        return margin_lipschitz(self.bounding, self.values, self.norms)
+        margins = margin_lipschitz(self.bounding, self.values, self.norms)
+        return margins if self.other is None else torch.minimum(margins, self.other.margins)
 
 
 def bound_network(output: Signal, method: str, tighten: str) -> NetworkBound:
@@ -73,7 +78,9 @@ def bound_network(output: Signal, method: str, tighten: str) -> NetworkBound:
 
 
 def _smaller(first: NetworkBound, second: NetworkBound) -> NetworkBound:
-    return second if bool(second.lipschitz < first.lipschitz) else first
+    if bool(second.lipschitz < first.lipschitz):
+        first, second = second, first
+    return replace(first, other=second if first.other is None else _smaller(first.other, second))
 
 
 def _proven(bounding: Bounding, method: str) -> NetworkBound:

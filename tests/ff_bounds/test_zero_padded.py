@@ -163,3 +163,49 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         zero_padded_bound(weight, input_size=40)
     lattice = conv_bound(weight, method="supremum")
     assert conv_bound(weight, method="best", input_size=40) <= lattice  # goes on without
+
+
+@pytest.mark.parametrize(
+    "taps", [[1e30, 1e-300, 1e30], [1e200, 1e-140, 1e200], [1.0, 1e-9, 1.0], [0.0, 1e-300, 0.0]]
+)
+def test_taps_that_meet_nothing_do_not_matter(taps: list[float]) -> None:
+    weight = torch.tensor([[taps]], dtype=torch.float64, requires_grad=True)
+    bound = zero_padded_bound(weight, padding=1, input_size=1)  # only the middle one counts
+    assert taps[1] <= bound.item() <= taps[1] * (1 + 1e-4)
+    (gradient,) = torch.autograd.grad(bound, weight)
+    assert gradient.flatten().tolist() == pytest.approx([0.0, 1.0, 0.0], rel=0.0, abs=1e-3)
+
+
+def test_without_watching() -> None:
+    weight = torch.randn(3, 2, 3, 3)
+    expected = zero_padded_bound(weight, padding=1, input_size=5)
+    with torch.inference_mode():
+        assert zero_padded_bound(weight.clone(), padding=1, input_size=5) == expected
+
+
+@pytest.mark.parametrize(("outputs", "groups"), [(5, 2), (4, 3), (5, 9), (4, 0), (4, -1)])
+def test_groups_that_do_not_divide(outputs: int, groups: int) -> None:
+    for weight in (torch.randn(outputs, 1, 3, 3), torch.zeros(outputs, 1, 3, 3)):
+        with pytest.raises(ValueError, match="groups"):
+            zero_padded_bound(weight, groups=groups, input_size=5)
+
+
+def test_zero_weights_are_checked_too() -> None:
+    with pytest.raises(ValueError, match="that the kernel fits in"):
+        zero_padded_bound(torch.zeros(1, 1, 3, 3), input_size=2)
+
+
+def test_long_signals() -> None:
+    weight = torch.randn(3, 3, 5, dtype=torch.float64)
+    bound = zero_padded_bound(weight, padding=2, input_size=2000)
+    lattice = conv_bound(weight, method="supremum", tol=1e-6)
+    assert 0.999 * lattice < bound <= lattice * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("scale", [5e-324, 1e-310, 1e300, 1.7e308])
+def test_gradients_at_any_scale(scale: float) -> None:
+    weight = torch.full((1, 1, 3, 3), scale, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(zero_padded_bound(weight, padding=1, input_size=3), weight)
+    ones = torch.ones(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(zero_padded_bound(ones, padding=1, input_size=3), ones)
+    torch.testing.assert_close(gradient, expected, rtol=0.0, atol=1e-4)
