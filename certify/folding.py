@@ -75,6 +75,8 @@ def refuse_other_results(model: nn.Module, copied: nn.Module, input_shape: Seque
             module.training = mode
     if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
         return
+    if not bool(expected.isfinite().all()):
+        return  # beyond the range of its dtype: what is certified is the model in float64
     if not agree(found.to(expected.dtype), expected):
         raise UnsupportedModel(
             "the model gives other results in float64: weights that are computed are not the same "
