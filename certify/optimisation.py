@@ -19,7 +19,7 @@ def make_optimizers(
     """Return the optimizer that ``config`` names; with ``"muon"`` NAdam beside it.
 
     Muon is for the kernels of convolutions: for orthogonal and normalised matrices, whose lengths
-    mean nothing, NAdam has been better (`benchmarks/accuracy.md`).
+    mean nothing, NAdam certified more.
     """
     betas = (config.momentum, 0.999)
     decay = config.weight_decay
