@@ -21,9 +21,9 @@ class SupremumPenalty(KernelEstimates):
     for every frequency of the grid together: one convolution of an image as large as the grid, one
     with the adjoint, and a unit vector at each frequency, kept for the next call. The result is
     ``Re(u^H W(f) v)`` with unit vectors at the frequency where it is largest, hence above the norm
-    by no more than rounding; what lies between the frequencies of the grid is missed, which for a
-    kernel of ``k`` taps is a factor of at most ``1 / cos(pi (k - 1) / (8 (k - 1)))`` an axis, 8 %,
-    and nothing where the peak is on the grid (as at frequency zero).
+    by no more than rounding. What lies between the frequencies of the grid, eight for each degree,
+    is missed: a factor of at most ``1 / cos(pi / 16)`` an axis, 2 % (Ehlich & Zeller 1964), and
+    nothing where the peak is on the grid (as at frequency zero).
 
     Its gradient with respect to tap ``t`` is ``Re(conj(u) v^T exp(2 pi i f.t))``, and zero for a
     zero kernel.

@@ -120,7 +120,7 @@ def zero_padded_bound(
     exact = torch.where(meeting, exact, 0.0)
     largest = exact.abs().amax()
     if not bool(largest > 0):
-        return weight.to(torch.float64).sum() * 0.0
+        return (weight.to(torch.float64) * 0.0).sum()  # whose sum might overflow
     exponent = torch.frexp(largest).exponent
     scaled = scale_by_power_of_two(exact, -exponent)
     found = [_square_and_gradient(replace(layer, weight=part)) for part in scaled.chunk(groups)]

@@ -209,3 +209,8 @@ def test_gradients_at_any_scale(scale: float) -> None:
     ones = torch.ones(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(zero_padded_bound(ones, padding=1, input_size=3), ones)
     torch.testing.assert_close(gradient, expected, rtol=0.0, atol=1e-4)
+
+
+def test_large_taps_that_meet_nothing() -> None:
+    weight = torch.tensor([[[1.7e308, 0.0, 1.7e308]]], dtype=torch.float64)
+    assert zero_padded_bound(weight, padding=1, input_size=1) == 0.0
