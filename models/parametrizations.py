@@ -115,22 +115,29 @@ class Orthonormal(nn.Module):
 
 
 def _orthonormal_rows(matrix: Tensor) -> Tensor:
-    rows = _unit_rows(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
+    rows = _largest_one(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
     count, width = rows.shape
+    identity = torch.eye(count, dtype=rows.dtype, device=rows.device)
     for _ in range(2 if width < 4 * count else 1):
         gram = rows @ rows.mT
+        squares = gram.diagonal()
+        lengths = torch.where(squares == 0, 1.0, squares).sqrt()
         # Positive definite in rounded arithmetic too, for rows of length one that depend.
         jitter = 8.0 * count * torch.finfo(gram.dtype).eps
-        identity = torch.eye(count, dtype=gram.dtype, device=gram.device)
-        factor = torch.linalg.cholesky(gram + jitter * identity)
-        rows = torch.linalg.solve_triangular(factor, rows, upper=False)
+        factor = torch.linalg.cholesky(gram / (lengths[:, None] * lengths) + jitter * identity)
+        rows = torch.linalg.solve_triangular(factor, identity / lengths, upper=False) @ rows
     return rows.to(matrix.dtype)
+
+
+def _largest_one(matrix: Tensor) -> Tensor:
+    """Divide rows by their largest entries, whose squares could under- or overflow."""
+    largest = matrix.detach().abs().amax(dim=1, keepdim=True)
+    return matrix / torch.where(largest == 0, 1.0, largest)
 
 
 def _unit_rows(matrix: Tensor) -> Tensor:
     """Divide rows by their lengths; a zero row stays zero."""
-    largest = matrix.detach().abs().amax(dim=1, keepdim=True)  # squares could under- or overflow
-    matrix = matrix / torch.where(largest == 0, 1.0, largest)
+    matrix = _largest_one(matrix)
     norms = torch.linalg.vector_norm(matrix, dim=1, keepdim=True)
     return matrix / torch.where(norms == 0, 1.0, norms)
 
