@@ -23,7 +23,7 @@ from certify.checkpoints import load_checkpoint
 from certify.data import load
 from certify.evaluation import Report, evaluate
 from certify.option_types import Epsilon
-from certify.train_options import option_name
+from certify.train_options import option_name, option_value
 from certify.training_config import SECOND_ORDER_LOSSES, TrainingConfig
 
 
@@ -36,8 +36,8 @@ def command(folder: Path) -> str:
     usual = asdict(TrainingConfig())
     for name, value in settings["training"].items():
         if value != usual[name] or name in ("epochs", "batch_size", "lr"):
-            shown = f"{value:.6g}" if isinstance(value, float) else value
-            words.append(option_name(name) if value is True else f"{option_name(name)} {shown}")
+            words.append(option_name(name))
+            words += [] if value is True else [option_value(value)]
     return " ".join(words)
 
 
@@ -45,8 +45,7 @@ def measure(folder: Path, epsilons: tuple[float, ...], attacked: int, certificat
     """Certify and attack the network in a folder; return what the table shows."""
     checkpoint = load_checkpoint(folder / "ckpt.pt")
     model = checkpoint.build()
-    method = checkpoint.config["method"]
-    certified = CertifiedModel(model, checkpoint.input_shape, method=method)
+    certified = CertifiedModel(model, checkpoint.input_shape, method="best")
     data = load(checkpoint.dataset, train=False, data_dir=checkpoint.data_dir)
     if certificate == "auto":
         certificate = "dual" if checkpoint.config["loss"] in SECOND_ORDER_LOSSES else "lipschitz"

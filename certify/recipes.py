@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from certify.train_options import option_name
+from certify.train_options import option_name, option_value
 from certify.training_config import TrainingConfig
 
 
@@ -77,6 +77,8 @@ _CIFAR = {
     "precision": "bfloat16",
 }
 
+_AT_CIFAR = "--method best --eps 36/255 --eps 72/255 --eps 108/255 --eps 1 --attack"
+
 RECIPES: dict[str, Recipe] = {
     "mnist-5k": Recipe(
         "the demo: half a minute on two CPU cores, no download",
@@ -91,7 +93,35 @@ RECIPES: dict[str, Recipe] = {
         model="liresnet",
         hyperparameters={"width": 48, "depth": [2, 5], "dense": [256]},
         training={**_CIFAR, "epochs": 140, "max_minutes": 88.0},
-        evaluation="--eps 36/255 --eps 72/255 --eps 108/255 --eps 1",
+        evaluation=_AT_CIFAR,
+    ),
+    "cifar10-gpu": Recipe(
+        "one GPU, 25 minutes with the evaluation; ends on time however far it has come",
+        dataset="cifar10",
+        model="liresnet",
+        hyperparameters={"width": 256, "depth": [4, 8], "dense": [1024]},
+        training={
+            **_CIFAR,
+            "epochs": 400,
+            "max_minutes": 22.0,
+            "batch_size": 1024,
+            "channels_last": True,
+        },
+        evaluation=_AT_CIFAR,
+    ),
+    "cifar10-best": Recipe(
+        "one GPU, a day",
+        dataset="cifar10",
+        model="liresnet",
+        hyperparameters={"width": 384, "depth": [6, 12], "dense": [1024]},
+        training={
+            **_CIFAR,
+            "epochs": 800,
+            "batch_size": 1024,
+            "lr": 1e-3,
+            "channels_last": True,
+        },
+        evaluation=_AT_CIFAR,
     ),
 }
 """By the names that ``certify train --recipe`` takes."""
@@ -123,5 +153,5 @@ def _settings(found: Recipe) -> str:
     """The settings by the names of their options."""
     words = [f"dataset {found.dataset}", f"model {found.model}"]
     words += [f"{key}={value}" for key, value in found.hyperparameters.items()]
-    words += [f"{option_name(name)[2:]} {value}" for name, value in found.training.items()]
+    words += [f"{option_name(k)[2:]} {option_value(v)}" for k, v in found.training.items()]
     return ", ".join(words)

@@ -50,6 +50,20 @@ def option_name(field: str) -> str:
     return "--" + OPTION_NAMES.get(field, field.replace("_", "-"))
 
 
+def option_value(value: Any) -> str:
+    """A setting as the command line takes it: the number itself, or shorter as a part of 255.
+
+    Example:
+        >>> option_value(0.5), option_value(36 / 255), option_value("emma")
+        ('0.5', '36/255', 'emma')
+    """
+    plain = str(value)
+    if not isinstance(value, float) or len(plain) < len("100/255") or not 0 < value < 1:
+        return plain
+    parts = round(255.0 * value)
+    return f"{parts}/255" if parts / 255.0 == value else plain
+
+
 def training_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add an option for each field; what is not given arrives as ``None``."""
     for field in reversed(fields(TrainingConfig)):
