@@ -3,8 +3,8 @@
     python benchmarks/ablation.py --data-dir DIR [--out runs/ablation] [--seeds 3] [--only NAME ...]
 
 Trains a small network on 55,000 digits of MNIST for each variant and seed, unless its folder is
-there already, and certifies it on the other 5,000 training digits: what is chosen here must not have
-seen the test digits. Prints mean and sample standard deviation over the seeds.
+there already, and certifies it on the other 5,000 training digits, so that choices do not see the
+test digits. Prints mean and sample standard deviation over the seeds.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def describe() -> str:
         f"{name}: {found.about}\n"
         f"  certify train --recipe {name} --out runs/{name}\n"
         f"  certify eval --model runs/{name}/ckpt.pt {found.evaluation}\n"
-        + textwrap.indent(textwrap.fill(_settings(found), 94), "    ")
+        + textwrap.indent(textwrap.fill(_settings(found), 94, break_on_hyphens=False), "    ")
         for name, found in RECIPES.items()
     )
 

@@ -16,7 +16,7 @@ from certify.augmentation import augmentations
 from certify.cli import DEFAULT_RECIPE, main
 from certify.data import num_classes
 from certify.recipes import RECIPES, Recipe, describe, recipe
-from certify.train_options import option_name
+from certify.train_options import option_name, option_value
 
 SHAPES = {"mnist-5k": (1, 28, 28), "cifar10": (3, 32, 32)}
 
@@ -130,7 +130,7 @@ def test_the_description_says_what_the_recipe_is(name: str) -> None:
     for key, value in found.hyperparameters.items():
         assert f"{key}={value}," in settings
     for key, value in found.training.items():
-        assert f"{option_name(key)[2:]} {value}," in settings
+        assert f"{option_name(key)[2:]} {option_value(value)}," in settings
 
     params = told(training)
     nothing = {field.name: params[field.name] for field in dataclasses.fields(TrainingConfig)}
