@@ -18,7 +18,7 @@ from certify.data import num_classes
 from certify.recipes import RECIPES, Recipe, describe, recipe
 from certify.train_options import option_name, option_value
 
-SHAPES = {"mnist-5k": (1, 28, 28), "cifar10": (3, 32, 32)}
+SHAPES = {"mnist": (1, 28, 28), "mnist-5k": (1, 28, 28), "cifar10": (3, 32, 32)}
 
 
 def told(words: str) -> dict[str, Any]:
