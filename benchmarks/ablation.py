@@ -2,15 +2,16 @@
 
     python benchmarks/ablation.py --data-dir DIR [--out runs/ablation] [--seeds 3] [--only NAME ...]
 
-Trains a small network on 55,000 digits of MNIST for each variant and seed, unless its folder is
-there already, and certifies it on the other 5,000 training digits, so that choices do not see the
-test digits. Prints mean and sample standard deviation over the seeds.
+Trains a small network on 55,000 digits of MNIST for each variant and seed, unless that was done
+before with the same settings, and certifies it on the other 5,000 training digits, so that choices
+do not see the test digits. Prints mean and sample standard deviation over the seeds.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,13 @@ def measure(variant: str, seed: int, data_dir: str, out: Path) -> list[float]:
     """Train if need be; return clean and certified accuracies in per cent, and minutes."""
     folder = out / f"{variant.replace('=', '-').replace(', ', '-').replace(' ', '-')}-{seed}"
     kept = folder / "ablation.json"
-    if kept.exists():
-        found: list[float] = json.loads(kept.read_text())
-        return found
     changes = dict(VARIANTS[variant])
     chosen = BASE.changed(None, None, changes.pop("set", {}), {**changes, "seed": seed})
+    settings = json.loads(json.dumps(asdict(chosen)))
+    before = json.loads(kept.read_text()) if kept.exists() else {}
+    if before.get("settings") == settings:
+        known: list[float] = before["found"]
+        return known
     run = RunConfig(
         chosen.model, dict(chosen.hyperparameters), chosen.dataset, data_dir, chosen.config()
     )
@@ -91,7 +94,7 @@ def measure(variant: str, seed: int, data_dir: str, out: Path) -> list[float]:
     report = evaluate(certified, digits, EPSILONS, certificate=certificate)
     accuracies = [report.clean_accuracy, *report.certified_accuracy.values()]
     found = [*(100 * accuracy for accuracy in accuracies), minutes[-1]]
-    kept.write_text(json.dumps(found))
+    kept.write_text(json.dumps({"settings": settings, "found": found}))
     return found
 
 

@@ -3,13 +3,14 @@
     python benchmarks/accuracy.py runs/a runs/b ... [--attack 1000] [--eps 36/255 ...]
 
 Each folder is what ``certify train`` left. All test images are certified, every class, with proven
-bounds; so many of the first are attacked as well. What was found is kept in the folder, as
-``accuracy.json``, and not computed again.
+bounds; so many, drawn at random, are attacked as well. What was found is kept in the folder, as
+``accuracy.json``, and not computed again for the same checkpoint.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +38,7 @@ def command(folder: Path) -> str:
     for name, value in settings["training"].items():
         if value != usual[name] or name in ("epochs", "batch_size", "lr"):
             words.append(option_name(name))
-            words += [] if value is True else [option_value(value)]
+            words += [] if value is True else [option_value(name, value)]
     return " ".join(words)
 
 
@@ -96,7 +97,8 @@ def main(folders: tuple[Path, ...], eps: tuple[float, ...], attack: int, certifi
     torch.set_num_threads(1)
     for folder in folders:
         kept = folder / "accuracy.json"
-        asked = {"eps": list(eps), "attack": attack, "asked": certificate}
+        digest = hashlib.sha256((folder / "ckpt.pt").read_bytes()).hexdigest()
+        asked = {"eps": list(eps), "attack": attack, "asked": certificate, "checkpoint": digest}
         found = json.loads(kept.read_text()) if kept.exists() else {}
         if {name: found.get(name) for name in asked} != asked:
             found = {**measure(folder, eps, attack, certificate), **asked}

@@ -82,9 +82,8 @@ class Checkpoint:
                     )
             model.load_state_dict(self.state_dict, assign=True)
         except Exception as error:  # the file's versions of modules can be anything
-            if isinstance(error, ArchitectureError) and isinstance(
-                error.__cause__, NotImplementedError
-            ):
+            cause = error.__cause__ if isinstance(error, ArchitectureError) else None
+            if isinstance(cause, NotImplementedError):  # torch's, for what "meta" cannot do
                 raise CheckpointError(
                     f"{self.model} cannot be laid out without memory; "
                     f"pass --arch {self.model} to have it built"

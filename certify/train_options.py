@@ -50,15 +50,15 @@ def option_name(field: str) -> str:
     return "--" + OPTION_NAMES.get(field, field.replace("_", "-"))
 
 
-def option_value(value: Any) -> str:
-    """A setting as the command line takes it: the number itself, or shorter as a part of 255.
+def option_value(field: str, value: Any) -> str:
+    """A setting as its option takes it; a budget as a part of 255 where that is shorter.
 
     Example:
-        >>> option_value(0.5), option_value(36 / 255), option_value("emma")
-        ('0.5', '36/255', 'emma')
+        >>> option_value("epsilon", 0.5), option_value("epsilon", 36 / 255)
+        ('0.5', '36/255')
     """
     plain = str(value)
-    if not isinstance(value, float) or len(plain) < len("100/255") or not 0 < value < 1:
+    if not field.startswith("epsilon") or len(plain) < len("100/255"):
         return plain
     parts = round(255.0 * value)
     return f"{parts}/255" if parts / 255.0 == value else plain

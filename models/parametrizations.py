@@ -117,16 +117,24 @@ class Orthonormal(nn.Module):
 def _orthonormal_rows(matrix: Tensor) -> Tensor:
     rows = _largest_one(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
     count, width = rows.shape
-    identity = torch.eye(count, dtype=rows.dtype, device=rows.device)
-    for _ in range(2 if width < 4 * count else 1):
-        gram = rows @ rows.mT
-        squares = gram.diagonal()
-        lengths = torch.where(squares == 0, 1.0, squares).sqrt()
-        # Positive definite in rounded arithmetic too, for rows of length one that depend.
-        jitter = 8.0 * count * torch.finfo(gram.dtype).eps
-        factor = torch.linalg.cholesky(gram / (lengths[:, None] * lengths) + jitter * identity)
-        rows = torch.linalg.solve_triangular(factor, identity / lengths, upper=False) @ rows
+    gram = rows @ rows.mT
+    squares = gram.diagonal()
+    lengths = torch.where(squares == 0, 1.0, squares).sqrt()
+    rows = _triangular(gram / (lengths[:, None] * lengths), 1.0 / lengths) @ rows
+    if width < 4 * count:
+        # As they are: rows that depended on others are short now, and nothing but rounding.
+        rows = _triangular(rows @ rows.mT, torch.ones_like(lengths)) @ rows
     return rows.to(matrix.dtype)
+
+
+def _triangular(gram: Tensor, factors: Tensor) -> Tensor:
+    """``L^{-1} diag(factors)`` with the Cholesky factor of a Gram matrix of rows up to one."""
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    # Positive definite in rounded arithmetic too, for rows of length one that depend.
+    jitter = 8.0 * len(gram) * torch.finfo(gram.dtype).eps
+    factor = torch.linalg.cholesky(gram + jitter * identity)
+    result: Tensor = torch.linalg.solve_triangular(factor, torch.diag(factors), upper=False)
+    return result
 
 
 def _largest_one(matrix: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def test_the_description_says_what_the_recipe_is(name: str) -> None:
     for key, value in found.hyperparameters.items():
         assert f"{key}={value}," in settings
     for key, value in found.training.items():
-        assert f"{option_name(key)[2:]} {option_value(value)}," in settings
+        assert f"{option_name(key)[2:]} {option_value(key, value)}," in settings
 
     params = told(training)
     nothing = {field.name: params[field.name] for field in dataclasses.fields(TrainingConfig)}

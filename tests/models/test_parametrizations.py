@@ -162,6 +162,18 @@ def test_orthonormal_rows_are_those_of_gram_and_schmidt() -> None:
     torch.testing.assert_close(Orthonormal()(weight), torch.stack(rows), rtol=0.0, atol=1e-12)
 
 
+@pytest.mark.parametrize("columns", [12, 40])  # orthogonalised twice, and once
+def test_rows_that_depend_on_others_come_out_short(columns: int) -> None:
+    weight = normal(8, columns, seed=6).float()
+    weight[5], weight[6] = weight[2], weight[0] + weight[1]
+    weight.requires_grad_()
+    lengths = Orthonormal()(weight).norm(dim=1)
+    assert lengths[[5, 6]].max() < 0.1
+    assert lengths[[0, 1, 2, 3, 4, 7]].min() > 0.99
+    (gradient,) = torch.autograd.grad(lengths.sum(), weight)
+    assert gradient.abs().max() < 1e5  # not that of a direction made of rounding
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
 def test_an_orthonormal_matrix_stays(shape: tuple[int, int]) -> None:
     once = Orthonormal()(normal(*shape, seed=4))
