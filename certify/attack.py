@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from certify.dual import Iteration, Margins
+
+Values = Callable[[Tensor], Tensor]
+"""From points ``(M, ...)`` to logits ``(M, C)``."""
 
 _RAY = (1.0, 1.001, 1.02, 1.2, 2.0)
 """Where is looked on the ray through the last point."""
@@ -17,7 +22,13 @@ _CLASSES = 4
 
 
 def attack_distances(
-    margins: Margins, x: Tensor, logits: Tensor, *, steps: int = 20, batch: int = 1024
+    margins: Margins,
+    values: Values,
+    x: Tensor,
+    logits: Tensor,
+    *,
+    steps: int = 20,
+    batch: int = 1024,
 ) -> Tensor:
     """Distances ``(N, C)`` at which a point of another class was seen, or infinity.
 
@@ -28,7 +39,8 @@ def attack_distances(
     the other class wins.
 
     Args:
-        margins: differences of logits and their gradients.
+        margins: differences of logits and their gradients, to search by; they may be rough.
+        values: logits, by which a point is seen to be of another class.
         x: ``(N, ...)`` float64.
         logits: ``(N, C)`` at ``x``.
         steps: forward-backward passes for each class.
@@ -41,33 +53,44 @@ def attack_distances(
     own = logits.argmax(dim=1)
     sample, other = _nearest(margins, x, own, classes, batch)
     state = Iteration.start(x, sample, own[sample], other, logits.new_zeros(classes, classes))
-    for _ in range(steps):
-        state.step(margins, batch)
     start = x[sample].flatten(1)
+    nearest = start.clone()
+    for _ in range(steps):
+        before = state.upper.clone()
+        state.step(margins, batch)
+        nearer = (state.upper < before)[:, None]
+        nearest = torch.where(nearer, state.before, nearest)  # where the step was evaluated
+
+    def seen(points: Tensor) -> Tensor:
+        shaped = points.reshape(-1, *x.shape[1:])
+        parts = zip(shaped.split(batch), state.own.split(batch), other.split(batch), strict=True)
+        return torch.cat([_margin(values(part), *pair) <= 0 for part, *pair in parts])
+
     way = state.u - start
     length = way.norm(dim=1)
 
-    def seen(factor: Tensor) -> Tensor:
-        points = (start + factor[:, None] * way).reshape(-1, *x.shape[1:])
-        return _values(margins, points, state.own, other, batch) <= 0
+    def on_ray(factor: Tensor) -> Tensor:
+        return seen(start + factor[:, None] * way) & torch.isfinite(length)
 
     far = torch.full_like(length, torch.inf)
     for factor in _RAY:
-        found = seen(torch.full_like(length, factor)) & torch.isfinite(length)
+        found = on_ray(torch.full_like(length, factor))
         far = torch.where(found, far.clamp_max(factor), far)
     near = torch.zeros_like(far)
     for _ in range(_HALVINGS):
         middle = torch.where(torch.isfinite(far), (near + far) / 2.0, 0.0)
-        found = seen(middle) & torch.isfinite(far)
+        found = on_ray(middle) & torch.isfinite(far)
         far, near = torch.where(found, middle, far), torch.where(found, near, middle)
-    distance = torch.minimum(state.upper, torch.where(far < torch.inf, far * length, torch.inf))
+    distance = torch.where(far < torch.inf, far * length, torch.inf)
+    direct = torch.where(seen(nearest), (nearest - start).norm(dim=1), torch.inf)
     result = torch.full_like(logits, torch.inf)
-    result[sample, other] = distance
+    result[sample, other] = torch.minimum(distance, direct)
     return result
 
 
 def broken(
     margins: Margins,
+    values: Values,
     x: Tensor,
     logits: Tensor,
     radius: Tensor,
@@ -81,7 +104,8 @@ def broken(
     sphere, each projected onto it; the length of a step falls from twice the radius.
 
     Args:
-        margins: as for `attack_distances`, and so are the next two.
+        margins: as for `attack_distances`, and so are the next three.
+        values: logits.
         x: inputs.
         logits: there.
         radius: ``(N,)``; where it is zero or infinite nothing is tried.
@@ -98,7 +122,7 @@ def broken(
     tried = (radius > 0) & torch.isfinite(radius)
     sample, other = _nearest(margins, x, own, logits.shape[1], batch)
     sample, other = sample[tried[sample]], other[tried[sample]]
-    result = torch.zeros_like(tried)
+    found = torch.zeros(len(sample), dtype=torch.bool, device=x.device)
     generator = torch.Generator().manual_seed(0)
     for start in (False, True):
         for part in torch.arange(len(sample), device=x.device).split(batch):
@@ -108,13 +132,22 @@ def broken(
                 noise = torch.randn(centre.shape, generator=generator, dtype=centre.dtype)
                 delta = _on_sphere(noise.to(centre), size)
             classes = own[sample[part]], other[part]
+            least, best = torch.full_like(size[:, 0], torch.inf), delta
             for step in range(steps + 1):
                 points = (centre + delta).reshape(-1, *x.shape[1:])
                 value, gradient = margins(points, *classes)
-                hit = (value <= 0) & (delta.norm(dim=1) <= size[:, 0])
-                result[sample[part][hit]] = True
+                lower = value < least
+                least, best = (
+                    torch.where(lower, value, least),
+                    torch.where(lower[:, None], delta, best),
+                )
                 length = 2.0 * size * (1.0 - step / (steps + 1))
                 delta = _on_sphere(delta - _on_sphere(gradient.flatten(1), length), size)
+            inside = best.norm(dim=1) <= size[:, 0]
+            points = (centre + best).reshape(-1, *x.shape[1:])
+            found[part] |= inside & (_margin(values(points), *classes) <= 0)
+    result = torch.zeros_like(tried)
+    result[sample[found]] = True
     return result
 
 
@@ -142,6 +175,5 @@ def _on_sphere(vectors: Tensor, radius: Tensor) -> Tensor:
     return vectors / length * (radius * (1.0 - 1e-9))
 
 
-def _values(margins: Margins, x: Tensor, own: Tensor, other: Tensor, batch: int) -> Tensor:
-    parts = zip(x.split(batch), own.split(batch), other.split(batch), strict=True)
-    return torch.cat([margins(*part)[0] for part in parts])
+def _margin(logits: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    return (logits.gather(1, own[:, None]) - logits.gather(1, other[:, None]))[:, 0]

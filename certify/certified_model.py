@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -229,7 +230,8 @@ class CertifiedModel:
         with torch.no_grad():
             logits = self._logits_within(x)
             x = x.to(self._device, torch.float64)
-            return attack_distances(self._margins, x, logits, steps=steps).amin(dim=1)
+            found = attack_distances(self._rough_margins, self.logits, x, logits, steps=steps)
+            return found.amin(dim=1)
 
     def broken(self, x: Tensor, radius: Tensor, *, steps: int = 20) -> Tensor:
         """Try to change predictions within radii ``(N,)``; see `certify.attack.broken`.
@@ -240,12 +242,20 @@ class CertifiedModel:
         with torch.no_grad():
             logits = self._logits_within(x)
             x = x.to(self._device, torch.float64)
-            return broken(self._margins, x, logits, radius, steps=steps)
+            return broken(self._rough_margins, self.logits, x, logits, radius, steps=steps)
 
     @cached_property
     @torch.inference_mode(False)
-    def _margins(self) -> Margins:
-        return margins_of(self._graph.split(self._output.node)[0])
+    def _rough_margins(self) -> Margins:
+        """Margins and gradients in float32, if the network can be computed in that."""
+        exact = self._graph.split(self._output.node)[0]
+        try:
+            rough = copy.deepcopy(exact).to(torch.float32)
+            with torch.no_grad():
+                rough(torch.zeros(1, *self.input_shape, device=self._device))
+        except RuntimeError:  # constants in float64, say
+            return margins_of(exact)
+        return margins_of(rough, torch.float32)
 
     def _logits_within(self, x: Tensor) -> Tensor:
         if self.domain is not None and not _within(x, self.domain):

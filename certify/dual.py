@@ -77,14 +77,15 @@ class DualResult:
         return Certificate(self.prediction, self.lower.amin(dim=1))
 
 
-def margins_of(model: nn.Module) -> Margins:
-    """Differences of two logits of a network, and their gradients."""
+def margins_of(model: nn.Module, dtype: torch.dtype = torch.float64) -> Margins:
+    """Differences of two logits of a network, and their gradients; computed in ``dtype``."""
 
     def margins(x: Tensor, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
             x, own, other = x.detach().clone(), own.clone(), other.clone()
             x.requires_grad_()
-            logits: Tensor = model(x.clone())  # it may begin with an operation in place
+            entering = x.clone() if x.dtype == dtype else x.to(dtype)  # may be changed in place
+            logits: Tensor = model(entering).to(x.dtype)
             found = logits.gather(1, own[:, None]) - logits.gather(1, other[:, None])
             (gradient,) = torch.autograd.grad(found.sum(), x)
         return found[:, 0].detach(), gradient

@@ -123,6 +123,46 @@ def test_attacks_break_what_is_not_certified() -> None:
     assert not certified.broken(x, torch.full((20,), torch.inf)).any()
 
 
+def test_attacks_search_in_float32_and_see_in_float64() -> None:
+    """In float32 the large biases leave no difference of the logits at all."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, dtype=torch.float64))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
+        model[1].bias.fill_(1e12)
+    certified = CertifiedModel(model, (1, 2, 2))
+    x = torch.ones(3, 1, 2, 2)
+    assert not certified.broken(x, torch.full((3,), 0.999)).any()
+    assert bool((certified.attack(x) >= 1.0).all())
+    with torch.no_grad():
+        model[1].bias.zero_()
+    certified = CertifiedModel(model, (1, 2, 2))
+    assert certified.broken(x, torch.full((3,), 1.001)).all()
+    torch.testing.assert_close(
+        certified.attack(x), torch.ones(3, dtype=torch.float64), rtol=0.0, atol=1e-4
+    )
+
+
+class Doubled(nn.Module):
+    """Goes on in float64 whatever it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.first(x).double())
+        return result
+
+
+def test_attacks_on_what_cannot_be_computed_in_float32() -> None:
+    torch.manual_seed(0)
+    certified = CertifiedModel(Doubled().double(), (4,))
+    x = torch.rand(5, 4)
+    radius = certified.certify(x).radius
+    found = certified.attack(x)
+    torch.testing.assert_close(found, radius, rtol=1e-3, atol=0.0)
+
+
 def test_early_exit_keeps_the_smallest_radius() -> None:
     torch.manual_seed(0)
     model = models.build("mlp", hidden=(16,), input_shape=(1, 3, 3), activation="tanh")
