@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -74,8 +75,9 @@ def run_training(
 ) -> Checkpoint:
     """Train and leave ``ckpt.pt``, ``config.json`` and ``metrics.csv`` in ``out``.
 
-    The checkpoint is rewritten after each epoch, so that an interrupted run can be resumed and
-    a diverged one leaves its last good weights. With the same seed, machine and number of
+    The checkpoint is rewritten after each epoch (of epochs that are short beside that, after so
+    many that it takes a fiftieth of the time), so that an interrupted run can be resumed and a
+    diverged one leaves good weights. With the same seed, machine and number of
     threads the weights are the same, resumed or not, unless ``max_minutes`` is set.
 
     Raises:
@@ -123,26 +125,55 @@ def run_training(
         config.data_dir,
         asdict(config.training),
     )
-    finished = trainer.finished
+    finished, pause = trainer.finished, _Pause()
     while not finished:
         metrics = trainer.run_epoch(on_step)
         history.append(metrics)
         finished = trainer.finished
-        weights = trainer.result.state_dict()  # which also carries the modules' versions
-        for name in weights:
-            weights[name] = weights[name].cpu()
-        progress = None
-        if not finished:
-            progress = trainer.state_dict()
-            if trainer.result is trainer.model:
-                del progress["model"]  # the checkpoint's own state_dict
-            progress["history"] = [asdict(entry) for entry in history]
-        checkpoint = replace(checkpoint, state_dict=weights, progress=progress)
-        checkpoint.save(path)
+        if finished or pause.over():
+            with pause:
+                weights = _on_cpu(trainer.result)
+                progress = None if finished else _progress(trainer, history)
+                checkpoint = replace(checkpoint, state_dict=weights, progress=progress)
+                checkpoint.save(path)
         write_text(out / "metrics.csv", _table(history))
         if on_epoch is not None:
             on_epoch(metrics)
     return load_checkpoint(path)
+
+
+class _Pause:
+    """Between things that shall take a fiftieth of the time at most, or a tenth of a second."""
+
+    def __init__(self) -> None:
+        self._cost = 0.0
+        self._end = time.monotonic()
+
+    def over(self) -> bool:
+        return self._cost < 0.1 or time.monotonic() - self._end >= 49.0 * self._cost
+
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._end = time.monotonic()
+        self._cost = self._end - self._start
+
+
+def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
+    weights = module.state_dict()  # which also carries the modules' versions
+    for name in weights:
+        weights[name] = weights[name].cpu()
+    return weights
+
+
+def _progress(trainer: Trainer, history: list[EpochMetrics]) -> dict[str, Any]:
+    """What a checkpoint holds for a training that goes on."""
+    progress = trainer.state_dict()
+    if trainer.result is trainer.model:
+        del progress["model"]  # the checkpoint's own state_dict
+    progress["history"] = [asdict(entry) for entry in history]
+    return progress
 
 
 def _refuse_other_state(model: nn.Module) -> None:

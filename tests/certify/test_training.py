@@ -23,6 +23,7 @@ from certify import (
     training,
 )
 from certify.augmentation import augmentations, shift
+from certify.checkpoints import Checkpoint
 from certify.data import ImageData, load
 from certify.optimisation import budget, learning_rate
 from certify.run import RunConfig, run_training
@@ -267,6 +268,31 @@ def test_a_run_with_an_average_resumes_exactly(tmp_path: Path) -> None:
         assert torch.equal(value, resumed[name])
     rows = [(tmp_path / name / "metrics.csv").read_text() for name in ("straight", "stopped")]
     assert [len(text.splitlines()) for text in rows] == [3, 3]
+
+
+def test_checkpoints_that_take_long_are_not_written_after_every_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With epochs of one second and checkpoints of half a second, 25 seconds lie between two."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr("certify.run.time.monotonic", lambda: now.seconds)
+    saved: list[float] = []
+
+    def save(checkpoint: Checkpoint, path: Path) -> None:
+        saved.append(now.seconds)
+        now.seconds += 0.5
+        torch.save(checkpoint.__dict__, path)
+
+    def pass_time(metrics: EpochMetrics) -> None:
+        now.seconds += 1.0
+
+    monkeypatch.setattr("certify.run.Checkpoint.save", save)
+    monkeypatch.setattr("certify.run.load_checkpoint", lambda path: None)
+    training = TrainingConfig(epochs=40, batch_size=1000)
+    run = RunConfig("mlp", {"hidden": [2]}, "mnist-5k", None, training, "cpu")
+    run_training(run, tmp_path, on_epoch=pass_time)
+    assert saved == [0.0, 25.5, 40.0]
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 41
 
 
 def test_a_limit_of_time_ends_training_with_its_schedules(
