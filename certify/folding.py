@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from certify.signal import UnsupportedModel
-from certify.tracing import agree, example_of, kind_of
+from certify.tracing import agree, example_of, kind_of, without_tf32
 
 
 def copy_with_plain_weights(model: nn.Module) -> nn.Module:
@@ -66,7 +66,7 @@ def refuse_other_results(model: nn.Module, copied: nn.Module, input_shape: Seque
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_tf32():
             expected, found = model(example.clone()), copied(example.to(torch.float64))
     except Exception:  # the shape, or anything else, is refused in words elsewhere
         return

@@ -29,6 +29,7 @@ from certify.tracing import (
     label_of,
     refuse_what_tracing_misses,
     trace,
+    without_tf32,
 )
 
 
@@ -126,7 +127,7 @@ class LipschitzGraph:
         """
         root, graph = self._walker.module, self._walker.graph
         before, after = cut(root, graph, node)
-        with _evaluating(root), torch.no_grad():
+        with _evaluating(root), torch.no_grad(), without_tf32():
             whole = fx.Interpreter(root, graph=graph).run(self._example.clone())
             if not agree(after(before(self._example.clone())), whole):
                 raise UnsupportedModel(f"the network cannot be cut at node {node!r}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -106,6 +107,20 @@ def refuse_what_tracing_misses(model: nn.Module) -> None:
                 )
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute products of float32 in float32: TF32 differs by more than that's rounding."""
+    convolutions = torch.backends.cudnn.allow_tf32
+    matrices = torch.get_float32_matmul_precision()
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(matrices)
+
+
 def check_against_module(
     root: Root, graph: fx.Graph, example: Tensor
 ) -> dict[fx.Node, list[tuple[int, ...]]]:
@@ -119,7 +134,7 @@ def check_against_module(
         raise UnsupportedModel("the forward assigns its buffers")
     own += checker.constants()
     before = [(tensor._version, tensor.clone()) for tensor in own]
-    with torch.no_grad():
+    with torch.no_grad(), without_tf32():
         parts = [_call(root, part.clone()) for part in example.split(_PARTS)]
         found = checker.check(example.clone())
         if not isinstance(found, Tensor) or not agree(found, _joined(parts)):

@@ -799,3 +799,20 @@ def test_sizes_behind_modules_are_worked_out_without_being_traced() -> None:
     assert len(bounding.layers()) == 2
     with pytest.raises(UnsupportedModel, match="cannot be traced"):
         CertifiedModel(forward(lambda s, x: s.linear(torch.zeros(x.shape[0], 4) + x))(), (4,))
+
+
+def test_results_are_compared_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which GPUs compute float32 convolutions in, by default: by other steps for other batches."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen: list[bool] = []
+
+    class Watched(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if not isinstance(x, torch.fx.Proxy):
+                seen.append(torch.backends.cudnn.allow_tf32)
+            return super().forward(x)
+
+    CertifiedModel(nn.Sequential(Watched(4, 2)), (4,))
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cudnn.allow_tf32
