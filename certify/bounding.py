@@ -169,7 +169,7 @@ class Bounding:
             elif isinstance(signal.step, Input):
                 start = 1.0 if reach is not None else radius(signal)
                 device = signal.step.device
-                values[signal] = torch.tensor(start, dtype=torch.float64, device=device)
+                values[signal] = torch.full((), start, dtype=torch.float64, device=device)
             else:
                 values[signal] = self._value(signal, values, norms)
         return values

@@ -129,8 +129,8 @@ class Trainer:
         self.epoch += 1
         return metrics
 
-    def _step(self, chosen: Tensor, done: float) -> tuple[float, float, float, float]:
-        """Make one step at fraction ``done`` of the run; return the batch's metrics."""
+    def _step(self, chosen: Tensor, done: float) -> list[float]:
+        """Make one step at fraction ``done`` of the run; return the batch's four metrics."""
         config = self.config
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -143,31 +143,26 @@ class Trainer:
         if config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         found = self._objective(x, labels, epsilon)
-        self._update(found.loss)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        found.loss.backward()
+        norm = nn.utils.clip_grad_norm_(self._trained, config.clip_norm or math.inf)
         with torch.no_grad():
             right = found.logits.argmax(dim=1) == labels
             safe = right & (found.worst.argmax(dim=1) == labels)
-            return (
-                found.loss.item(),
-                right.double().mean().item(),
-                safe.double().mean().item(),
-                found.lipschitz.item(),
-            )
+            means = found.loss, right.double().mean(), safe.double().mean(), found.lipschitz, norm
+            # All at once: it is the only time in a step that a device is waited for.
+            *metrics, size = torch.stack([mean.double() for mean in means]).tolist()
+        for name, value in (("loss", metrics[0]), ("gradient", size)):
+            if not math.isfinite(value):
+                raise TrainingDiverged(
+                    f"the {name} became {value} in epoch {self.epoch + 1}; try a smaller --lr"
+                )
+        self._update()
+        return metrics
 
-    def _update(self, loss: Tensor) -> None:
-        """Change the weights by the gradient of the loss."""
-        if not bool(torch.isfinite(loss)):
-            raise TrainingDiverged(
-                f"the loss became {loss.item()} in epoch {self.epoch + 1}; try a smaller --lr"
-            )
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm or math.inf)
-        if not bool(torch.isfinite(norm)):
-            raise TrainingDiverged(
-                f"the gradient became {norm.item()} in epoch {self.epoch + 1}; try a smaller --lr"
-            )
+    def _update(self) -> None:
+        """Change the weights by their gradients."""
         for optimizer in self._optimizers:
             optimizer.step()
         if self._average is not None:

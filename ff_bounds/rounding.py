@@ -90,7 +90,8 @@ def scale_by_power_of_two(value: Tensor, exponent: Tensor) -> Tensor:
     Exact unless the result underflows; done in two steps because ``2.0 ** exponent`` itself may
     be out of range.
     """
-    if bool((exponent.abs() < 1000).all()):
+    # Other devices are not asked: the answer would have to be waited for.
+    if exponent.device.type == "cpu" and bool((exponent.abs() < 1000).all()):
         return value * power_of_two(exponent)
     half = torch.div(exponent, 2, rounding_mode="floor")
     return value * power_of_two(half) * power_of_two(exponent - half)

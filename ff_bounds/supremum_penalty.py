@@ -92,11 +92,9 @@ class SupremumPenalty(KernelEstimates):
         for _ in range(iterations):
             left, u, _ = _unit_at_each_frequency(_circular(weight, right))
             image, v, gains = _unit_at_each_frequency(_circular(weight, left, adjoint=True))
-            if not bool((gains > 0).all()):
-                restart = cast(Tensor, getattr(self, f"restart_{bucket}")).to(precision)
-                alive = gains.flatten(1).amin(dim=1) > 0
-                image = torch.where(alive.reshape(-1, *[1] * (image.ndim - 1)), image, restart)
-            right = image
+            restart = cast(Tensor, getattr(self, f"restart_{bucket}")).to(precision)
+            alive = gains.flatten(1).amin(dim=1) > 0  # asked of no device: that would wait for it
+            right = torch.where(alive.reshape(-1, *[1] * (image.ndim - 1)), image, restart)
         buffer.copy_(right)
 
         frequencies = gains.shape[1:]
@@ -107,8 +105,8 @@ class SupremumPenalty(KernelEstimates):
         frequency = place[layer, group]
         chosen = layer * groups + group
         u, v = (x.flatten(2)[chosen, :, frequency] for x in (u, v))
-        phases = _phases(frequencies, right.shape[2:], kernels.shape[4:]).to(u)
-        return group, u, v, phases[frequency]
+        phases = _phases(frequency, frequencies, right.shape[2:], kernels.shape[4:]).to(u)
+        return group, u, v, phases
 
 
 def _gains(kernels: Tensor, left: Tensor, right: Tensor, phases: Tensor) -> Tensor:
@@ -165,11 +163,15 @@ def _unit_at_each_frequency(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.fft.irfftn(spectrum, s=images.shape[2:], dim=axes, norm="ortho"), spectrum, lengths
 
 
-def _phases(frequencies: Sequence[int], size: Sequence[int], taps: Sequence[int]) -> Tensor:
-    """``exp(2 pi i f.t)`` for each frequency of a spectrum and each tap, ``(f, t)``."""
-    angle = torch.zeros(1, 1, dtype=torch.float64)
-    for count, points, length in zip(frequencies, size, taps, strict=True):
-        turns = torch.arange(count, dtype=torch.float64)[:, None] * torch.arange(length) / points
-        angle = (angle[:, None, :, None] + 2.0 * math.pi * turns[None, :, None, :]).flatten(2)
-        angle = angle.flatten(0, 1)
+def _phases(
+    chosen: Tensor, frequencies: Sequence[int], size: Sequence[int], taps: Sequence[int]
+) -> Tensor:
+    """``exp(2 pi i f.t)`` for each tap, at places ``(layers,)`` of a flattened spectrum."""
+    angle = torch.zeros(len(chosen), 1, dtype=torch.float64, device=chosen.device)
+    for index, points, length in zip(
+        torch.unravel_index(chosen, tuple(frequencies)), size, taps, strict=True
+    ):
+        steps = torch.arange(length, dtype=torch.float64, device=chosen.device) / points
+        angle = angle[:, :, None] + 2.0 * math.pi * index[:, None, None] * steps
+        angle = angle.flatten(1)
     return torch.polar(torch.ones_like(angle), angle)

@@ -30,6 +30,10 @@ class MaxMin(nn.Module):
             raise ValueError(f"expected an even number of channels for MaxMin, got {x.shape[1]}")
         if torch.compiler.is_compiling():  # which makes a fast gradient of its own
             return _sorted(x)
+        if _channels_last(x):  # and so they remain
+            last = x.permute(0, 2, 3, 1)
+            pixels: Tensor = _Sort.apply(last.flatten(0, 2))
+            return pixels.reshape(last.shape).permute(0, 3, 1, 2)
         result: Tensor = _Sort.apply(x)
         return result
 
@@ -94,6 +98,11 @@ class _Sort(torch.autograd.Function):
 def _exchanged(x: Tensor, keep: Tensor) -> Tensor:
     result: Tensor = _Exchange.apply(x, keep.to(x.dtype))
     return result
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether the channels of a pixel are stored beside each other, but not also in planes."""
+    return x.ndim == 4 and x.stride(1) == 1 and not x.is_contiguous()
 
 
 def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:

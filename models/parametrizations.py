@@ -132,7 +132,9 @@ def _triangular(gram: Tensor, factors: Tensor) -> Tensor:
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     # Positive definite in rounded arithmetic too, for rows of length one that depend.
     jitter = 8.0 * len(gram) * torch.finfo(gram.dtype).eps
-    factor = torch.linalg.cholesky(gram + jitter * identity)
+    # A device is not waited for: of what cannot be factorised all becomes NaN.
+    factor, failed = torch.linalg.cholesky_ex(gram + jitter * identity)
+    factor = torch.where(failed == 0, factor, torch.nan)
     result: Tensor = torch.linalg.solve_triangular(factor, torch.diag(factors), upper=False)
     return result
 

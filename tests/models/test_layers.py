@@ -90,6 +90,19 @@ def test_maxmin_is_what_torch_computes_with_its_gradient(
     assert torch.equal(slope, known)
 
 
+@pytest.mark.parametrize("shape", [(3, 6, 4, 5), (2, 2, 1, 3)])
+def test_maxmin_leaves_channels_last(shape: tuple[int, ...]) -> None:
+    plain = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    last = plain.detach().to(memory_format=torch.channels_last).requires_grad_()
+    results = MaxMin()(plain), MaxMin()(last)
+    assert torch.equal(*results)
+    assert results[1].stride() == last.stride()
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    for result in results:
+        result.backward(gradient)
+    assert torch.equal(plain.grad, last.grad)  # type: ignore[arg-type]
+
+
 def test_maxmin_at_ties_still_permutes_gradients() -> None:
     x = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
     upstream = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
