@@ -85,6 +85,11 @@ def test_truncated_and_damaged_files(tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match="not a checkpoint, or it is damaged"):
             load_checkpoint(path)
+    weight = max(example().state_dict.values(), key=torch.numel)
+    place = whole.index(weight.numpy().tobytes()) + 3  # a number becomes another one
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(path)
     path.write_bytes(b"hello, I am a text file")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         load_checkpoint(path)
