@@ -171,7 +171,7 @@ class Bounding:
                 device = signal.step.device
                 values[signal] = torch.full((), start, dtype=torch.float64, device=device)
             else:
-                values[signal] = self._value(signal, values, norms)
+                values[signal] = self.value(signal, values, norms)
         return values
 
     def measured(
@@ -191,7 +191,8 @@ class Bounding:
         assert not isinstance(operator, Scale)
         return self._through(operator, signal.parents[0], values, norms, measure)
 
-    def _value(self, signal: Signal, values: dict[Signal, Tensor], norms: Norms) -> Tensor:
+    def value(self, signal: Signal, values: Mapping[Signal, Tensor], norms: Norms) -> Tensor:
+        """Bound a signal by what is known of its parents; not for products."""
         step, parents = signal.step, signal.parents
         bounds = [values[parent] for parent in parents]
         if isinstance(step, Affine):

@@ -28,10 +28,13 @@ class Certificate:
         prediction: ``(N,)`` int64, the predicted classes.
         radius: ``(N,)`` float64; no input closer than this in L2 has another prediction. Zero
             where nothing is proven.
+        exact: ``(N,)``, what it would be in exact arithmetic, where the radius is about a machine
+            that rounds.
     """
 
     prediction: Tensor
     radius: Tensor
+    exact: Tensor | None = None
 
     def certified(self, labels: Tensor, epsilon: float) -> Tensor:
         """Whether each input is right and stays right at every L2 distance up to ``epsilon``.
@@ -109,7 +112,9 @@ def largest_of(found: Sequence[Certificate]) -> tuple[Certificate, Tensor]:
         The largest radii, and ``(N,)`` which certificate each is from, the first of equal ones.
     """
     radius, which = torch.stack([one.radius for one in found]).max(dim=0)
-    return Certificate(found[0].prediction, radius), which
+    exact = [one.exact for one in found if one.exact is not None]
+    largest = torch.stack(exact).amax(dim=0) if len(exact) == len(found) else None
+    return Certificate(found[0].prediction, radius, largest), which
 
 
 def margin_radius(logits: Tensor, prediction: Tensor, constants: Tensor) -> Tensor:

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from certify.attack import attack_distances, broken
+from certify.bounding import Norms
 from certify.certificates import Certificate, check_certificate, largest_of
 from certify.certificates import certificate as certified_by_margins
 from certify.dual import STEPS, DualResult, Margins, margins_of
 from certify.folding import any_folded, copy_with_plain_weights, refuse_other_results
+from certify.forward_error import ForwardError
 from certify.graph import LipschitzGraph
 from certify.head import smooth_head
 from certify.local_network import LocalNetwork
 from certify.local_radius import local_certificate
-from certify.norms import check_method
+from certify.norms import Prove, check_method, proven_norms
+from certify.operators import Weighted
+from certify.precision import precision as precision_named
 from certify.signal import Signal, UnsupportedModel
 from certify.smooth_radii import SmoothRadii
 from certify.tightening import NetworkBound, bound_network
 from certify.tracing import refuse_what_tracing_misses
+from ff_bounds.rounding import round_up
 
 
 class CertifiedModel:
@@ -32,9 +39,13 @@ class CertifiedModel:
     weights), so that later changes of the original cannot invalidate the bounds. The copy lives
     on the original's device; logits are computed there, in float64.
 
-    What is proven: the radii hold for the network with the stored weights, computed in exact
-    arithmetic. The bounds include all rounding; that of the float64 forward pass itself, and of
-    the gradients that some certificates use (about 1e-13 relative), is not yet included.
+    What is proven: without a ``precision``, the radii hold for the network with the stored weights,
+    computed in exact arithmetic. The bounds include all rounding, but not that of the float64 pass
+    that computes the logits (about 1e-13 relative). With a ``precision``, the radii hold for what a
+    machine computes in that arithmetic (`certify.precision` says what is assumed of it), here and
+    at the perturbed inputs, and the rounding of the float64 pass is paid for as well. Not included
+    then is the rounding of the values and gradients that certificates other than ``"lipschitz"``
+    use away from the input.
 
     Args:
         model: a module that maps ``(N, *input_shape)`` to logits ``(N, C)``.
@@ -42,6 +53,9 @@ class CertifiedModel:
         method: how convolutions are bounded, see `ff_bounds.conv_bound`.
         tighten: how far the bound goes beyond the product of norms, one of
             `certify.tightening.TIGHTENINGS`.
+        precision: what the network runs in, one of `certify.precision.PRECISIONS`, or ``None`` for
+            exact arithmetic.
+        prove: proves the norms of operators; for those who record or check how.
         domain: smallest and largest entry of an input, ``(0, 1)`` for images. Only networks that
             multiply tensors that depend on the input (squeeze and excitation) need it; what is
             proven then holds for perturbed inputs within the domain, and rests on the network's
@@ -70,10 +84,14 @@ class CertifiedModel:
         method: str = "fantastic_four",
         tighten: str = "join",
         domain: Sequence[float] | None = None,
+        precision: str | None = None,
+        prove: Prove = proven_norms,
     ) -> None:
         check_method(method)
+        self._prove = prove
+        self.precision = None if precision is None else precision_named(precision)
         self.method = method
-        self._tighten = tighten
+        self.tighten = tighten
         self._model = exact_copy(model, input_shape)
         graph = LipschitzGraph(self._model, input_shape, domain)
         self.input_shape = tuple(input_shape)
@@ -85,7 +103,22 @@ class CertifiedModel:
         self._shape = output.shape
         if len(self._shape) != 2:
             raise UnsupportedModel(f"expected logits (N, C), got shape {self._shape}")
-        self._bound = bound_network(output, method, tighten)
+        self._rounding: ForwardError | None = None
+        if precision is not None:
+            self._rounding = ForwardError(graph, output, self._norms)
+        self._bound = bound_network(output, method, tighten, prove)
+        if self._rounding is not None:  # whatever may be refused is so here
+            start = torch.zeros(1, *self.input_shape, dtype=torch.float64, device=self._device)
+            self._allowance(start, start.new_ones(1))
+
+    def _norms(self, operators: Sequence[Weighted]) -> Norms:
+        """Norms of operators, as far as they are not proven already."""
+        known: dict[Weighted, Tensor] = {}
+        for operator in operators:
+            with suppress(KeyError):
+                known[operator] = self._bound.norms(operator)
+        rest = self._prove([o for o in operators if o not in known], self.method)
+        return lambda operator: known[operator] if operator in known else rest(operator)
 
     @property
     def model(self) -> nn.Module:
@@ -123,7 +156,7 @@ class CertifiedModel:
     @cached_property
     def _unscaled(self) -> NetworkBound:
         """Bounds of the tensors themselves, for bounds that go further."""
-        scaled = self._tighten == "balance"
+        scaled = self.tighten == "balance"
         return bound_network(self._output, self.method, "join") if scaled else self._bound
 
     @cached_property
@@ -139,7 +172,7 @@ class CertifiedModel:
         Raises:
             UnsupportedModel: there are none.
         """
-        tighten = "join" if self._tighten == "balance" else self._tighten
+        tighten = "join" if self.tighten == "balance" else self.tighten
         head = smooth_head(self._graph, self._output, self._unscaled, self.method, tighten)
         return SmoothRadii(head, self.method)
 
@@ -189,16 +222,51 @@ class CertifiedModel:
             return largest_of([self.certify(x, one) for one in self.applicable()])[0]
         with torch.no_grad():
             logits = self._logits_within(x)
-            if certificate == "lipschitz":
-                return certified_by_margins(logits, self.margin_lipschitz())
-            if certificate == "local":
-                margins = self.margin_lipschitz()
-                return local_certificate(self.local, self.arguments(x), logits, margins)
             x = x.to(self._device, torch.float64)
-            if certificate == "curvature":
-                plain = certified_by_margins(logits, self.margin_lipschitz())
-                return largest_of([self.smooth.by_curvature(x, logits), plain])[0]
-            return self.smooth.dual(x, logits).certificate()
+            exact = self._certified(x, logits, certificate, None)
+            if self._rounding is None:
+                return exact
+            allowance, farthest = self._allowance(x, exact.radius)
+            found = self._certified(x, logits, certificate, allowance)
+            same = found.prediction == exact.prediction
+            radius = torch.where(same, torch.minimum(found.radius, farthest), 0.0)
+            return Certificate(exact.prediction, radius, exact.radius)
+
+    def _certified(
+        self, x: Tensor, logits: Tensor, kind: str, allowance: Tensor | None
+    ) -> Certificate:
+        """Certify with margins that are smaller by an allowance ``(N,)``.
+
+        Where that leaves none, the certificate may be about another class.
+        """
+        if kind == "dual":
+            return self.smooth.dual(x, logits, allowance=allowance).certificate()
+        if allowance is not None:
+            index = logits.argmax(dim=1, keepdim=True)
+            lower = logits.gather(1, index) - allowance[:, None]
+            lower = torch.nextafter(lower, torch.full_like(lower, -torch.inf))
+            logits = logits.scatter(1, index, lower)
+        margins = self.margin_lipschitz()
+        if kind == "local":
+            return local_certificate(self.local, self.arguments(x), logits, margins)
+        plain = certified_by_margins(logits, margins)
+        if kind == "lipschitz":
+            return plain
+        return largest_of([self.smooth.by_curvature(x, logits), plain])[0]
+
+    def _allowance(self, x: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """By how much rounding can change a margin within a radius, and that radius.
+
+        A difference of two logits is off by the root of two times the error of all at most: of the
+        machine's, and of those that were computed here. Radii are limited to what leaves numbers
+        to compute with.
+        """
+        assert self._rounding is not None
+        assert self.precision is not None
+        farthest = radius.clamp_max(2.0**20)
+        found = self._rounding.bounds(x, farthest, self.precision)
+        allowance = round_up(2.0**0.5 * (found[0] + found[1]), 4)
+        return allowance.nan_to_num(nan=torch.inf, posinf=torch.inf), farthest
 
     def dual(self, x: Tensor, *, steps: int = STEPS, early_exit: bool = True) -> DualResult:
         """Bound the distances to all other classes from both sides; see `certify.dual`.
@@ -214,7 +282,18 @@ class CertifiedModel:
         with torch.no_grad():
             logits = self._logits_within(x)
             x = x.to(self._device, torch.float64)
-            return self.smooth.dual(x, logits, steps=steps, early_exit=early_exit)
+            exact = self.smooth.dual(x, logits, steps=steps, early_exit=early_exit)
+            if self._rounding is None:
+                return exact
+            smallest = exact.lower.amin(dim=1)
+            allowance, farthest = self._allowance(x, smallest)
+            found = self.smooth.dual(
+                x, logits, allowance=allowance, steps=steps, early_exit=early_exit
+            )
+            lower = torch.minimum(found.lower, farthest[:, None])
+            lower.scatter_(1, found.prediction[:, None], torch.inf)
+            passes = exact.passes + found.passes
+            return replace(found, lower=lower, passes=passes, exact=smallest)
 
     def attack(self, x: Tensor, *, steps: int = 20) -> Tensor:
         """Look for the nearest points of other classes; see `certify.attack`.

@@ -214,6 +214,12 @@ def recipes() -> None:
     type=click.Choice(["lipschitz", "local", "curvature", "dual", "best"]),
     help="local: for ReLU; curvature, dual: for smooth networks; best: the largest radius.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["exact", "float64", "float32", "tf32", "bfloat16"]),
+    help="Arithmetic of the machine that runs the network; radii hold for what it computes.  "
+    "[default: float64, or exact where it is not known how much an operation rounds]",
+)
 @click.option("--attack", is_flag=True, help="Attack every image as well.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
 @click.option(
@@ -223,6 +229,9 @@ def recipes() -> None:
     help="The last N training images in place of the test images.",
 )
 @click.option("--batch-size", default=500, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--save", "record_path", metavar="FILE", help="Write a certificate that `verify` can check."
+)
 @click.option("--csv", "csv_path", metavar="FILE", help="Write a row per image.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the summary.")
 @click.option("--plot", "plot_path", metavar="FILE", help="Draw certified accuracy over radius.")
@@ -236,17 +245,19 @@ def evaluate(
     method: str | None,
     tighten: str,
     certificate: str,
+    precision: str | None,
     attack: bool,
     limit: int | None,
     held_out: int | None,
     batch_size: int,
+    record_path: str | None,
     csv_path: str | None,
     json_path: str | None,
     plot_path: str | None,
     **which: Any,
 ) -> None:
     """Certify every test image: a proven L2 radius within which the prediction cannot change."""
-    for path in (csv_path, json_path, plot_path):
+    for path in (record_path, csv_path, json_path, plot_path):
         if path and not Path(path).resolve().parent.is_dir():
             raise InputError(f"the folder of {path} does not exist")
     with _one_line_errors():
@@ -256,7 +267,10 @@ def evaluate(
         from certify.data import load
         from certify.evaluation import evaluate as certify_data
         from certify.files import write_text
+        from certify.norms import proven_norms
+        from certify.records import Recorder, check_recordable, record_of, write_record
         from certify.run import choose_device
+        from certify.signal import UnknownRounding
 
         network = _load(dataset, **which)
         dataset = dataset or network.dataset
@@ -264,13 +278,29 @@ def evaluate(
             raise InputError("pass --dataset: only a ckpt.pt of certify train names its own")
         images = "test images" if held_out is None else f"last {held_out:,} training images"
         click.echo(f"certifying {network.description} on the {images} of {dataset}")
-        certified = CertifiedModel(
-            network.model.to(choose_device(device)),
-            network.input_shape,
-            method=method or network.method or "fantastic_four",
-            tighten=tighten,
-            domain=domain,
-        )
+        chosen_method = method or network.method or "fantastic_four"
+        recorder = Recorder() if record_path else None
+        if recorder is not None:
+            check_recordable(chosen_method, tighten, certificate)
+
+        def certified_in(arithmetic: str | None) -> CertifiedModel:
+            return CertifiedModel(
+                network.model.to(choose_device(device)),
+                network.input_shape,
+                method=chosen_method,
+                tighten=tighten,
+                domain=domain,
+                precision=arithmetic,
+                prove=recorder or proven_norms,
+            )
+
+        try:
+            certified = certified_in(None if precision == "exact" else precision or "float64")
+        except UnknownRounding as reason:
+            if precision is not None:
+                raise
+            click.echo(f"radii of exact arithmetic: {reason}")
+            certified = certified_in(None)
         data = load(
             dataset,
             train=held_out is not None,
@@ -291,6 +321,10 @@ def evaluate(
                 on_batch=bar.update,
             )
         click.echo(report.to_table())
+        if record_path and recorder is not None:
+            where = {"dataset": dataset, "held_out": held_out}
+            record = record_of(certified, recorder, report, data, where, network.description)
+            write_record(record_path, record)
         if csv_path:
             write_text(csv_path, report.to_csv())
         if json_path:
@@ -300,8 +334,61 @@ def evaluate(
 
             title = f"{network.name} on {dataset}: {report.n:,} images"
             plot_certified_accuracy(report, plot_path, title)
-        for path in filter(None, (csv_path, json_path, plot_path)):
+        for path in filter(None, (record_path, csv_path, json_path, plot_path)):
             click.echo(f"wrote {path}")
+
+
+@main.command(short_help="Prove a saved certificate again, by other means.")
+@click.argument("certificate", metavar="FILE")
+@_network
+@click.option("--dataset", help="A name, or folder:PATH; default: that of the certificate.")
+@_common
+def verify(
+    certificate: str,
+    domain: tuple[float, ...] | None,
+    dataset: str | None,
+    data_dir: str | None,
+    download: bool,
+    device: str,
+    **which: Any,
+) -> None:
+    """Check that a certificate of `eval --save` is of this model and data, and proven.
+
+    Norms are proven again by LAPACK on a grid of frequencies, and the radii derived from them.
+    """
+    with _one_line_errors():
+        from tqdm import tqdm
+
+        from certify.data import load
+        from certify.records import read_record
+        from certify.run import choose_device
+        from certify.verification import verify as verify_record
+
+        record = read_record(certificate)
+        if domain is not None:
+            raise InputError("the certificate says what domain it is about: leave --domain out")
+        named = record.get("data")
+        held_out = named.get("held_out") if isinstance(named, dict) else None
+        dataset = dataset or (str(named.get("dataset")) if isinstance(named, dict) else "")
+        network = _load(dataset, **which)
+        data = load(
+            dataset,
+            train=held_out is not None,
+            data_dir=data_dir or network.data_dir,
+            download=download,
+        )
+        if held_out is not None:
+            _, data = data.split(int(held_out))
+        layers = record.get("layers")
+        total = len(layers) if isinstance(layers, list) else 0
+        with tqdm(total=total, unit="bound", disable=None, leave=False) as bar:
+            count = verify_record(
+                record,
+                network.model.to(choose_device(device)),
+                data,
+                on_layer=lambda done: bar.update(done - bar.n),
+            )
+        click.echo(f"{total} bounds and {count:,} radii are proven: {certificate}")
 
 
 @main.command(short_help="Bound a network's Lipschitz constant, layer by layer.")

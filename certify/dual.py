@@ -65,16 +65,19 @@ class DualResult:
         lower: ``(N, C)`` proven radii, one for each other class; infinite for the own one.
         upper: ``(N, C)`` distances at which a point of that class was seen, or infinity.
         passes: forward-backward passes, one for each point.
+        exact: ``(N,)``, the smallest radii in exact arithmetic, where ``lower`` is about a machine
+            that rounds.
     """
 
     prediction: Tensor
     lower: Tensor
     upper: Tensor
     passes: int
+    exact: Tensor | None = None
 
     def certificate(self) -> Certificate:
         """Certify by the smallest radius."""
-        return Certificate(self.prediction, self.lower.amin(dim=1))
+        return Certificate(self.prediction, self.lower.amin(dim=1), self.exact)
 
 
 def margins_of(model: nn.Module, dtype: torch.dtype = torch.float64) -> Margins:
@@ -142,6 +145,7 @@ def dual_bounds(
     logits: Tensor,
     curvature: Tensor,
     *,
+    allowance: Tensor | None = None,
     steps: int = STEPS,
     early_exit: bool = True,
     batch: int = 1024,
@@ -153,6 +157,7 @@ def dual_bounds(
         x: ``(N, ...)`` float64.
         logits: ``(N, C)`` at ``x``.
         curvature: ``(C, C)``, see `certify.curvature.curvature_bound`.
+        allowance: ``(N,)``, by how much the margins that count are smaller than these.
         steps: most forward-backward passes for each class.
         early_exit: stop with a class that cannot have the smallest radius, as what is proven for it
             already is above all that could be proven for another one.
@@ -160,13 +165,15 @@ def dual_bounds(
     """
     prediction = logits.argmax(dim=1)
     top = logits.gather(1, prediction[:, None])
-    lower = torch.where(top > logits, 0.0, -torch.inf).to(logits)
+    less = torch.zeros_like(top) if allowance is None else allowance[:, None]
+    lower = torch.where(top - less > logits, 0.0, -torch.inf).to(logits)
     lower.scatter_(1, prediction[:, None], torch.inf)
     upper = torch.full_like(lower, torch.inf)
     reach = upper.clone()
     sample, other = torch.nonzero(lower == 0.0, as_tuple=True)
     lower.clamp_(min=0.0)
     state = Iteration.start(x, sample, prediction[sample], other, curvature)
+    state.allowance = less[sample, 0]
     passes = 0
     for _ in range(steps):
         if not len(state.sample):
@@ -199,6 +206,7 @@ class Iteration:
     reach: Tensor
     before: Tensor
     gradient: Tensor
+    allowance: Tensor
 
     @staticmethod
     def start(
@@ -211,7 +219,18 @@ class Iteration:
         nothing = torch.full_like(u, torch.nan)
         limits = curvature[own, other]
         return Iteration(
-            x, sample, own, other, limits, u, zero, far, far.clone(), nothing, nothing.clone()
+            x,
+            sample,
+            own,
+            other,
+            limits,
+            u,
+            lower=zero,
+            upper=far,
+            reach=far.clone(),
+            before=nothing,
+            gradient=nothing.clone(),
+            allowance=zero.clone(),
         )
 
     def chosen(self, which: Tensor) -> Iteration:
@@ -237,11 +256,12 @@ class Iteration:
         square, slope = delta.square().sum(dim=1), gradient.square().sum(dim=1)
         inner = (delta * gradient).sum(dim=1)
         curvature = self.curvature[part]
-        found = proven_radius(square, inner, slope, value, curvature, x.shape[1])
+        counted = value - self.allowance[part]
+        found = proven_radius(square, inner, slope, counted, curvature, x.shape[1])
         self.lower[part] = torch.maximum(self.lower[part], found)
         seen = torch.where(value <= 0, square.sqrt(), torch.inf)
         self.upper[part] = torch.minimum(self.upper[part], seen)
-        reach = (square + 2.0 * value.clamp_min(0.0) / curvature).sqrt() * (1.0 + 1e-9)
+        reach = (square + 2.0 * counted.clamp_min(0.0) / curvature).sqrt() * (1.0 + 1e-9)
         reach = torch.minimum(self.upper[part], reach.nan_to_num(nan=torch.inf))
         self.reach[part] = torch.minimum(self.reach[part], reach)
         # The linear model of f at u vanishes at x - eta g; a little beyond, so that f does.

@@ -37,6 +37,7 @@ class Report:
         costs: seconds that each kind took, bounds of the network left out, over those of logits.
         passes: forward-backward passes for each image of the dual certificate.
         attack: what attacks found, if they were tried.
+        precision: the arithmetic that the radii are about, or ``"exact"``.
     """
 
     labels: Tensor
@@ -49,6 +50,7 @@ class Report:
     costs: Mapping[str, float] = field(default_factory=dict)
     passes: float | None = None
     attack: Attacked | None = None
+    precision: str = "exact"
 
     @property
     def n(self) -> int:
@@ -70,6 +72,15 @@ class Report:
         """Median of the radii, a wrong prediction counting as zero."""
         right = self.found.prediction == self.labels
         return self.found.radius.where(right, 0.0).median().item()
+
+    @property
+    def rounding_cost(self) -> float | None:
+        """By how much rounding shrinks the median radius of right predictions, relatively."""
+        if self.found.exact is None:
+            return None
+        right = self.found.prediction == self.labels
+        exact = _median(self.found.exact[right])
+        return 1.0 - _median(self.found.radius[right]) / exact if exact else 0.0
 
     @property
     def gains(self) -> Tensor | None:
@@ -110,8 +121,11 @@ class Report:
             "median_radius": finite(self.median_radius),
             "lipschitz": finite(self.lipschitz),
             "certificate": self.certificate,
+            "precision": self.precision,
             "seconds": self.seconds,
         }
+        if self.rounding_cost is not None:
+            summary["rounding_cost"] = finite(self.rounding_cost)
         if self.gains is not None:
             summary["gained"] = int((self.gains > 0).sum())
             summary["median_gain"] = _median(self.gains)
@@ -166,7 +180,10 @@ class Report:
             ("median radius", f"{self.median_radius:.3f}"),
             ("Lipschitz constant", f"{self.lipschitz:.4g}"),
             ("certificate", self.certificate),
+            ("arithmetic", self.precision),
         ]
+        if self.rounding_cost is not None:
+            rows.append(("rounding costs", f"{100 * self.rounding_cost:.2g} %"))
         if self.certificate == "best":
             rows += [(f"largest by {name}", f"{n:,}") for name, n in self.won.items()]
         if self.gains is not None:
@@ -272,6 +289,7 @@ def evaluate(
         attack=attack_all(certified, data.images, found.radius, epsilons, batch_size)
         if attack
         else None,
+        precision="exact" if certified.precision is None else certified.precision.name,
     )
 
 
@@ -282,9 +300,11 @@ def _timed(call: Callable[..., _Result], *arguments: Any) -> tuple[_Result, floa
 
 
 def _joined(parts: Sequence[Certificate]) -> Certificate:
+    exact = [part.exact for part in parts if part.exact is not None]
     return Certificate(
         torch.cat([part.prediction for part in parts]).cpu(),
         torch.cat([part.radius for part in parts]).cpu(),
+        torch.cat(exact).cpu() if exact else None,
     )
 
 

@@ -18,7 +18,17 @@ from certify.cutting import cut
 from certify.operators import Scale
 from certify.rules import REFUSALS, RULES
 from certify.rules.installed import register_installed
-from certify.signal import Input, Signal, Slopes, UnsupportedModel
+from certify.rules.registry import ROUNDINGS
+from certify.rules.rounding import BY_OPERATOR, Rounding, exact
+from certify.signal import (
+    Affine,
+    Input,
+    Signal,
+    Slopes,
+    UnknownRounding,
+    UnsupportedModel,
+    Wrapping,
+)
 from certify.tracing import (
     BATCH,
     Root,
@@ -143,6 +153,84 @@ class LipschitzGraph:
             if tensor.is_floating_point() and tensor.numel()
         }
 
+    @property
+    def module(self) -> nn.Module:
+        """What the graph's nodes belong to."""
+        return self._walker.module
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph itself."""
+        return self._walker.graph
+
+    def operations(self) -> dict[fx.Node, Operation]:
+        """What the nodes do that the output depends on, as of the last `walk`."""
+        placed, computed = self._walker.placed, self._walker.computed
+        (output,) = (n for n in self.graph.nodes if n.op == "output")
+        needed = {output}
+        for n in reversed(self.graph.nodes):
+            if n in needed:
+                needed.update(n.all_input_nodes)
+        found = {}
+        for n, results in placed.items():
+            if n in needed:
+                sources = [
+                    signal for used in n.all_input_nodes for _, signal in placed.get(used, ())
+                ]
+                constants = [used for used in n.all_input_nodes if used in computed]
+                found[n] = Operation(self.module, n, results, sources, bool(constants))
+        return found
+
+
+class Operation:
+    """A node whose results depend on the network's input.
+
+    Attributes:
+        module: that does it, or ``None``.
+        results: places among the leaves of its result, with their signals.
+        sources: signals that it gets.
+        rounded: whether constants enter it that are computed, with rounding, each time.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        n: fx.Node,
+        results: list[tuple[int, Signal]],
+        sources: list[Signal],
+        rounded: bool,
+    ) -> None:
+        self.module = _module_of(root, n) if _is_module(n) else None
+        self.results = results
+        self.sources = sources
+        self._rounded = rounded
+        self._starts = n.op == "placeholder"
+        self._key, self._name = _operation(root, n)
+        self._label = label_of(n)
+
+    @property
+    def rounding(self) -> Rounding:
+        """How much it can round."""
+        return ROUNDINGS[self._key]
+
+    def check(self) -> None:
+        """Raise `UnknownRounding` where that is not known."""
+        if self._starts:
+            return
+        if not self.sources:
+            raise UnknownRounding(f"node {self._label}: it is not known what enters it")
+        if self._rounded:
+            raise UnknownRounding(f"node {self._label}: constants are computed in the forward")
+        if self._key not in ROUNDINGS:
+            raise UnknownRounding(
+                f"node {self._label}: it is not known how much {self._name} can round"
+            )
+        for _, signal in self.results:
+            if self.rounding in BY_OPERATOR and isinstance(signal.step, Affine):
+                wraps = [s.parents[0] for s in self.sources if isinstance(s.step, Wrapping)]
+                if signal.parents[0] not in (*self.sources, *wraps):
+                    raise UnknownRounding(f"node {self._label}: it rounds more than once")
+
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
@@ -221,14 +309,20 @@ class _Walker(fx.Interpreter):
         self._start = start
         self._rules: dict[fx.Node, Callable[..., Any]] = {}
         self.sources: dict[str, fx.Node] = {}  # of what enters each activation
+        self.placed: dict[fx.Node, list[tuple[int, Signal]]] = {}
+        self.computed: set[fx.Node] = set()  # constants behind which there is rounding
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "placeholder":
-            return self._placed(n, 0, Signal((), self._start), self._known_shapes[n][0])
+            start = self._placed(n, 0, Signal((), self._start), self._known_shapes[n][0])
+            self.placed = {n: [(0, start)]}
+            return start
         if n.op in ("get_attr", "output"):
             return super().run_node(n)
         if not any(_holds_signal(self.env[used]) for used in n.all_input_nodes):
-            return super().run_node(n)
+            constant = super().run_node(n)
+            self._note_constant(n, constant)
+            return constant
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n not in self._rules:
             self._rules[n] = self._rule(n)
@@ -253,7 +347,18 @@ class _Walker(fx.Interpreter):
             self._placed(n, index, leaf, shape)
             for index, (leaf, shape) in enumerate(zip(leaves, shapes, strict=True))
         ]
+        self.placed[n] = [(i, leaf) for i, leaf in enumerate(placed) if isinstance(leaf, Signal)]
         return pytree.tree_unflatten(placed, structure)
+
+    def _note_constant(self, n: fx.Node, value: Any) -> None:
+        """Note a constant that a machine computes with rounding, as it does what it is about."""
+        floating = any(
+            isinstance(leaf, Tensor) and leaf.is_floating_point()
+            for leaf in pytree.tree_leaves(value)
+        )
+        moved = ROUNDINGS.get(_operation(self.module, n)[0]) is exact
+        if floating and (not moved or any(used in self.computed for used in n.all_input_nodes)):
+            self.computed.add(n)
 
     def _placed(self, n: fx.Node, index: int, result: Any, shape: tuple[int, ...]) -> Any:
         """Give a rule's result its place in the graph."""
@@ -268,7 +373,8 @@ class _Walker(fx.Interpreter):
         if isinstance(result.step, Input) and result.node:  # there is one, with one centre
             one = torch.ones(1, dtype=torch.float64, device=result.step.device)
             result = result.through(Scale(one, 0))
-        return replace(result, shape=shape, name=label_of(n).strip("'"), node=node, centre=centre)
+        name, origin = label_of(n).strip("'"), result if result.node else result.origin
+        return replace(result, shape=shape, name=name, node=node, centre=centre, origin=origin)
 
     def _rule(self, n: fx.Node) -> Callable[..., Any]:
         key, _ = _operation(self.module, n)

@@ -86,10 +86,14 @@ class Joined:
 
 def root_of_squares(bounds: Sequence[Tensor]) -> Tensor:
     """Proven upper bound of ``sqrt(sum of squares)``, without overflow or underflow."""
-    largest = torch.stack(list(bounds)).amax()
-    if bool(largest.detach() == 0) or not bool(largest.detach().isfinite()):
-        return largest
-    total = sum(((bound / largest) ** 2 for bound in bounds), largest.new_zeros(()))
+    largest = torch.stack(torch.broadcast_tensors(*bounds)).amax(dim=0)
+    if largest.ndim == 0:
+        if bool(largest.detach() == 0) or not bool(largest.detach().isfinite()):
+            return largest
+        scale = largest
+    else:
+        scale = torch.where((largest == 0) | largest.isinf(), 1.0, largest)
+    total = sum(((bound / scale) ** 2 for bound in bounds), torch.zeros_like(largest))
     return product_bound(largest, round_up(total.sqrt(), 2 * len(bounds) + 3) + 2.0**-500)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,15 @@ from ff_bounds.rounding import round_up
 def check_method(method: str) -> None:
     """Refuse an unknown name of a bound, with a ``ValueError`` that lists the known ones."""
     conv2d_bound(torch.ones(1, 1, 1, 1), method=method)
+
+
+class Prove(Protocol):
+    """How the norms of operators are proven; see `proven_norms`."""
+
+    def __call__(
+        self, operators: Sequence[Weighted], method: str, *, any_size: bool = False
+    ) -> Norms:
+        """Return what maps each of the operators to a bound of its norm."""
 
 
 def proven_norms(operators: Sequence[Weighted], method: str, *, any_size: bool = False) -> Norms:

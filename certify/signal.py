@@ -21,6 +21,10 @@ class UnsupportedModel(Exception):  # noqa: N818 - the name says what is wrong, 
     """The model cannot be certified; the message names the node, the reason and what to do."""
 
 
+class UnknownRounding(UnsupportedModel):
+    """It is not known how much an operation can round; in exact arithmetic it has a bound."""
+
+
 @dataclass(frozen=True, eq=False)
 class Input:
     """The network's input.
@@ -141,6 +145,7 @@ class Signal:
         node: its place in the network's graph, see `certify.graph.LipschitzGraph.tensors`.
         centre: its L2 norm and its largest absolute entry where the input is the centre of its
             domain, if it has one.
+        origin: the signal that it equals up to a constant and the shape, if it is not that itself.
     """
 
     shape: tuple[int, ...]
@@ -149,6 +154,7 @@ class Signal:
     name: str = ""
     node: str = ""
     centre: tuple[float, float] | None = None
+    origin: Signal | None = None
 
     @property
     def input(self) -> Input:

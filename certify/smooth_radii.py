@@ -68,7 +68,13 @@ class SmoothRadii:
         return Certificate(prediction, torch.where(sound, smallest, 0.0))
 
     def dual(
-        self, x: Tensor, logits: Tensor, *, steps: int = STEPS, early_exit: bool = True
+        self,
+        x: Tensor,
+        logits: Tensor,
+        *,
+        allowance: Tensor | None = None,
+        steps: int = STEPS,
+        early_exit: bool = True,
     ) -> DualResult:
         """Certify by duality; see `certify.dual`. Arguments are as for `by_curvature`.
 
@@ -80,6 +86,7 @@ class SmoothRadii:
             self._features(x),
             logits,
             self.curvature,
+            allowance=allowance,
             steps=steps,
             early_exit=early_exit,
             batch=self._batch,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from certify.balancing import balancing_scales
 from certify.bounding import Bounding, Norms, merged
-from certify.norms import margin_lipschitz, proven_norms
+from certify.norms import Prove, margin_lipschitz, proven_norms
 from certify.signal import Signal
 
 TIGHTENINGS = ("none", "merge", "join", "balance")
@@ -50,13 +50,16 @@ class NetworkBound:
         return margins if self.other is None else torch.minimum(margins, self.other.margins)
 
 
-def bound_network(output: Signal, method: str, tighten: str) -> NetworkBound:
+def bound_network(
+    output: Signal, method: str, tighten: str, prove: Prove = proven_norms
+) -> NetworkBound:
     """Prove a network's bounds.
 
     Args:
         output: as `certify.graph.LipschitzGraph.walk` returns it.
         method: how convolutions are bounded, see `ff_bounds.conv_bound`.
         tighten: one of `TIGHTENINGS`.
+        prove: proves the norms of operators.
 
     Raises:
         ValueError: an unknown method or tightening.
@@ -64,16 +67,17 @@ def bound_network(output: Signal, method: str, tighten: str) -> NetworkBound:
     if tighten not in TIGHTENINGS:
         raise ValueError(f"expected tighten to be one of {', '.join(TIGHTENINGS)}, got {tighten!r}")
     if tighten == "none":
-        return _proven(Bounding(output), method)
+        return _proven(Bounding(output), method, prove)
     whole = merged(output)
     join = tighten != "merge"
-    found = _proven(Bounding(whole, join=join), method)
+    found = _proven(Bounding(whole, join=join), method, prove)
     if join and method == "best":  # norms on the layers' own inputs, which cannot be composed
-        found = _smaller(found, _proven(Bounding(whole), method))
+        found = _smaller(found, _proven(Bounding(whole), method, prove))
     if tighten == "balance":
         scales = balancing_scales(whole)
         if scales:
-            found = _smaller(found, _proven(Bounding(whole, join=True, scales=scales), method))
+            balanced = Bounding(whole, join=True, scales=scales)
+            found = _smaller(found, _proven(balanced, method, prove))
     return found
 
 
@@ -83,6 +87,6 @@ def _smaller(first: NetworkBound, second: NetworkBound) -> NetworkBound:
     return replace(first, other=second if first.other is None else _smaller(first.other, second))
 
 
-def _proven(bounding: Bounding, method: str) -> NetworkBound:
-    norms = proven_norms(bounding.operators(), method, any_size=bounding.join)
+def _proven(bounding: Bounding, method: str, prove: Prove) -> NetworkBound:
+    norms = prove(bounding.operators(), method, any_size=bounding.join)
     return NetworkBound(bounding, norms)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certify.rules.registry import by_attributes, lipschitz_rule
+from certify.rules.rounding import elementwise, exact, piecewise, sixths
 from certify.signal import Signal, UnsupportedModel
 from models import MaxMin
 
@@ -32,26 +33,26 @@ def number(value: Any) -> float:
     return value
 
 
-@lipschitz_rule(F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
+@lipschitz_rule(F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", rounding=exact)
 def relu(input: Signal, inplace: bool = False) -> Signal:
     """Slopes 0 and 1."""
     return input.piecewise((0.0,), (0.0, 1.0))
 
 
-by_attributes(relu, nn.ReLU)
+by_attributes(relu, nn.ReLU, rounding=exact)
 
 
-@lipschitz_rule(F.leaky_relu, F.leaky_relu_)
+@lipschitz_rule(F.leaky_relu, F.leaky_relu_, rounding=piecewise)
 def leaky_relu(input: Signal, negative_slope: float = 0.01, inplace: bool = False) -> Signal:
     """Slopes 1 and ``negative_slope``."""
     slope = number(negative_slope)
     return input.piecewise((0.0,), (slope, 1.0))
 
 
-by_attributes(leaky_relu, nn.LeakyReLU, attributes="negative_slope")
+by_attributes(leaky_relu, nn.LeakyReLU, attributes="negative_slope", rounding=piecewise)
 
 
-@lipschitz_rule(F.prelu, "prelu")
+@lipschitz_rule(F.prelu, "prelu", rounding=elementwise)
 def prelu(input: Signal, weight: Tensor) -> Signal:
     """Slopes 1 and the weights, one for all channels or one each."""
     if not isinstance(weight, Tensor):
@@ -62,10 +63,10 @@ def prelu(input: Signal, weight: Tensor) -> Signal:
     return input.elementwise(min(1.0, low), max(1.0, high))
 
 
-by_attributes(prelu, nn.PReLU, attributes="weight")
+by_attributes(prelu, nn.PReLU, attributes="weight", rounding=elementwise)
 
 
-@lipschitz_rule(F.rrelu, torch.rrelu, torch.rrelu_)
+@lipschitz_rule(F.rrelu, torch.rrelu, torch.rrelu_, rounding=piecewise)
 def rrelu(
     input: Signal,
     lower: float = 1 / 8,
@@ -79,10 +80,10 @@ def rrelu(
     return leaky_relu(input, (number(lower) + number(upper)) / 2)
 
 
-by_attributes(rrelu, nn.RReLU, attributes="lower upper")
+by_attributes(rrelu, nn.RReLU, attributes="lower upper", rounding=piecewise)
 
 
-@lipschitz_rule(F.threshold, torch.threshold, torch.threshold_)
+@lipschitz_rule(F.threshold, torch.threshold, torch.threshold_, rounding=piecewise)
 def threshold(input: Signal, threshold: float, value: float, inplace: bool = False) -> Signal:
     """``x`` above the threshold, else ``value``: with the two equal, ``max(x, value)``."""
     if not number(threshold) == number(value) < math.inf:
@@ -92,11 +93,19 @@ def threshold(input: Signal, threshold: float, value: float, inplace: bool = Fal
     return clamp(input, min=threshold)
 
 
-by_attributes(threshold, nn.Threshold, attributes="threshold value")
+by_attributes(threshold, nn.Threshold, attributes="threshold value", rounding=piecewise)
 
 
 @lipschitz_rule(
-    torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_"
+    torch.clamp,
+    torch.clamp_,
+    torch.clip,
+    torch.clip_,
+    "clamp",
+    "clamp_",
+    "clip",
+    "clip_",
+    rounding=piecewise,
 )
 def clamp(input: Signal, min: float | None = None, max: float | None = None) -> Signal:
     """Slopes 1 between the ends, 0 outside."""
@@ -109,19 +118,19 @@ def clamp(input: Signal, min: float | None = None, max: float | None = None) -> 
     return input.piecewise(breaks, slopes, largest=builtins.max(abs(low), abs(high)))
 
 
-@lipschitz_rule(torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_")
+@lipschitz_rule(torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_", rounding=piecewise)
 def clamp_min(input: Signal, min: float) -> Signal:
     """As `clamp`."""
     return clamp(input, min=min)
 
 
-@lipschitz_rule(torch.clamp_max, torch.clamp_max_, "clamp_max", "clamp_max_")
+@lipschitz_rule(torch.clamp_max, torch.clamp_max_, "clamp_max", "clamp_max_", rounding=piecewise)
 def clamp_max(input: Signal, max: float) -> Signal:
     """As `clamp`."""
     return clamp(input, max=max)
 
 
-@lipschitz_rule(F.hardtanh, F.hardtanh_)
+@lipschitz_rule(F.hardtanh, F.hardtanh_, rounding=piecewise)
 def hardtanh(
     input: Signal, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> Signal:
@@ -129,16 +138,16 @@ def hardtanh(
     return clamp(input, min_val, max_val)
 
 
-by_attributes(hardtanh, nn.Hardtanh, nn.ReLU6, attributes="min_val max_val")
+by_attributes(hardtanh, nn.Hardtanh, nn.ReLU6, attributes="min_val max_val", rounding=piecewise)
 
 
-@lipschitz_rule(F.relu6)
+@lipschitz_rule(F.relu6, rounding=piecewise)
 def relu6(input: Signal, inplace: bool = False) -> Signal:
     """As `clamp`."""
     return clamp(input, 0.0, 6.0)
 
 
-@lipschitz_rule(F.hardsigmoid)
+@lipschitz_rule(F.hardsigmoid, rounding=sixths)
 def hardsigmoid(input: Signal, inplace: bool = False) -> Signal:
     """``relu6(x + 3) / 6``, slopes 0 and 1/6, times ``1 + 2^-25``.
 
@@ -147,10 +156,10 @@ def hardsigmoid(input: Signal, inplace: bool = False) -> Signal:
     return input.elementwise(0.0, SINGLE_SIXTH, largest=6.0 * SINGLE_SIXTH)
 
 
-by_attributes(hardsigmoid, nn.Hardsigmoid)
+by_attributes(hardsigmoid, nn.Hardsigmoid, rounding=sixths)
 
 
-@lipschitz_rule(F.softshrink)
+@lipschitz_rule(F.softshrink, rounding=piecewise)
 def softshrink(input: Signal, lambd: float = 0.5) -> Signal:
     """Slopes 0 around the origin and 1 beyond; it jumps where ``lambd`` is negative."""
     if number(lambd) < 0:
@@ -158,24 +167,32 @@ def softshrink(input: Signal, lambd: float = 0.5) -> Signal:
     return input.piecewise((-lambd, lambd), (1.0, 0.0, 1.0))
 
 
-by_attributes(softshrink, nn.Softshrink, attributes="lambd")
+by_attributes(softshrink, nn.Softshrink, attributes="lambd", rounding=piecewise)
 
 
 @lipschitz_rule(
-    operator.abs, torch.abs, torch.abs_, torch.absolute, "abs", "abs_", "absolute", "absolute_"
+    operator.abs,
+    torch.abs,
+    torch.abs_,
+    torch.absolute,
+    "abs",
+    "abs_",
+    "absolute",
+    "absolute_",
+    rounding=exact,
 )
 def absolute(input: Signal) -> Signal:
     """Slopes -1 and 1."""
     return input.piecewise((0.0,), (-1.0, 1.0))
 
 
-@lipschitz_rule(MaxMin)
+@lipschitz_rule(MaxMin, rounding=exact)
 def maxmin(module: MaxMin, x: Signal) -> Signal:
     """Everywhere a permutation of the entries."""
     return x.scaled()
 
 
-@lipschitz_rule(torch.sort, "sort")
+@lipschitz_rule(torch.sort, "sort", rounding=exact)
 def sort(input: Signal, dim: int = -1, descending: bool = False, *, stable: bool = False) -> Any:
     """Everywhere a permutation of the entries; where each came from is not continuous."""
     if dim % len(input.shape) == 0:

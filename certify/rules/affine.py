@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 from certify.operators import Convolution, Matrix, Scale
 from certify.rules.registry import lipschitz_rule
+from certify.rules.rounding import normalisation, of_products
 from certify.signal import Signal, UnsupportedModel, Wrapping
 from ff_bounds.padding import padding_amounts
 from models import Normalize
 
 
-@lipschitz_rule(F.linear)
+@lipschitz_rule(F.linear, rounding=of_products)
 def linear(input: Any, weight: Any, bias: Any = None) -> Signal:
     """Weight on the last axis; positions are separate blocks, so the norm is the weight's."""
     x = _only_input(input, weight, bias)
@@ -24,7 +25,7 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Signal:
     return x.through(Matrix(weight))
 
 
-@lipschitz_rule(nn.Linear)
+@lipschitz_rule(nn.Linear, rounding=of_products)
 def linear_module(module: nn.Linear, x: Signal) -> Signal:
     """As `linear`, with the weight that the module computes with."""
     return linear(x, module.weight)
@@ -61,10 +62,10 @@ def convolution(
     )
 
 
-lipschitz_rule(F.conv1d, F.conv2d, F.conv3d)(convolution)
+lipschitz_rule(F.conv1d, F.conv2d, F.conv3d, rounding=of_products)(convolution)
 
 
-@lipschitz_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@lipschitz_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, rounding=of_products)
 def convolution_module(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Signal) -> Signal:
     """As `convolution`, with every padding mode."""
     axes = module.weight.ndim - 2
@@ -114,10 +115,12 @@ def transposed_convolution(
     )
 
 
-lipschitz_rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)(transposed_convolution)
+lipschitz_rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, rounding=of_products)(
+    transposed_convolution
+)
 
 
-@lipschitz_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+@lipschitz_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, rounding=of_products)
 def transposed_convolution_module(module: Any, x: Signal) -> Signal:
     """As `transposed_convolution`."""
     return transposed_convolution(
@@ -125,13 +128,13 @@ def transposed_convolution_module(module: Any, x: Signal) -> Signal:
     )
 
 
-@lipschitz_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+@lipschitz_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, rounding=normalisation)
 def batch_norm(module: Any, x: Signal) -> Signal:
     """In evaluation, channel ``i`` times ``gamma_i / sqrt(var_i + eps)``."""
     return _normalised(x, module.running_var, module.weight, module.eps)
 
 
-@lipschitz_rule(F.batch_norm)
+@lipschitz_rule(F.batch_norm, rounding=normalisation)
 def batch_norm_function(
     input: Signal,
     running_mean: Any,
@@ -158,7 +161,7 @@ def _normalised(x: Signal, variance: Tensor | None, weight: Tensor | None, eps: 
     return x.through(Scale(gain.to(torch.float64) / deviation, 5))
 
 
-@lipschitz_rule(Normalize)
+@lipschitz_rule(Normalize, rounding=normalisation)
 def normalize(module: Normalize, x: Signal) -> Signal:
     """Channel ``i`` divided by ``std_i``."""
     shapes = (x.shape, module.mean.shape, module.std.shape)

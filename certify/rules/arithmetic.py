@@ -12,10 +12,11 @@ from torch import Tensor
 
 from certify.operators import Matrix, Scale
 from certify.rules.registry import lipschitz_rule
+from certify.rules.rounding import elementwise, exact, of_products
 from certify.signal import Product, Signal, Slopes, UnsupportedModel, side_by_side, total
 
 
-@lipschitz_rule(operator.add, torch.add, "add", "add_")
+@lipschitz_rule(operator.add, torch.add, "add", "add_", rounding=elementwise)
 def add(x: Any, y: Any, *, alpha: float = 1) -> Signal:
     """``Lip(f + g) <= Lip f + Lip g``; a constant changes nothing."""
     x, y = broadcast(x, y)
@@ -29,29 +30,47 @@ def add(x: Any, y: Any, *, alpha: float = 1) -> Signal:
 def _shifted(x: Signal) -> Signal:
     """The same map up to a constant, which is nothing to a bound but for the size of values."""
     if isinstance(x.step, Slopes) and x.step.largest < math.inf:
-        return replace(x, step=replace(x.step, largest=math.inf), node="")
+        return replace(x, step=replace(x.step, largest=math.inf), node="", origin=x)
     return x
 
 
-@lipschitz_rule(operator.sub, torch.sub, torch.subtract, "sub", "sub_", "subtract", "subtract_")
+@lipschitz_rule(
+    operator.sub,
+    torch.sub,
+    torch.subtract,
+    "sub",
+    "sub_",
+    "subtract",
+    "subtract_",
+    rounding=elementwise,
+)
 def subtract(x: Any, y: Any, *, alpha: float = 1) -> Signal:
     """As `add`, of ``-y``."""
     return add(x, y, alpha=-alpha)
 
 
-@lipschitz_rule(torch.rsub)
+@lipschitz_rule(torch.rsub, rounding=elementwise)
 def subtract_from(x: Any, y: Any, *, alpha: float = 1) -> Signal:
     """``y - alpha x``."""
     return add(y, x, alpha=-alpha)
 
 
-@lipschitz_rule(operator.neg, torch.neg, torch.negative, "neg", "neg_", "negative")
+@lipschitz_rule(operator.neg, torch.neg, torch.negative, "neg", "neg_", "negative", rounding=exact)
 def negate(x: Signal) -> Signal:
     """Times -1."""
     return multiply(x, -1)
 
 
-@lipschitz_rule(operator.mul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_")
+@lipschitz_rule(
+    operator.mul,
+    torch.mul,
+    torch.multiply,
+    "mul",
+    "mul_",
+    "multiply",
+    "multiply_",
+    rounding=elementwise,
+)
 def multiply(x: Any, y: Any) -> Signal:
     """By a constant: the largest of its entries. A product of two signals: see `Product`."""
     if isinstance(x, Signal) and isinstance(y, Signal):
@@ -63,7 +82,7 @@ def multiply(x: Any, y: Any) -> Signal:
 
 @lipschitz_rule(
     operator.truediv, torch.div, torch.divide, torch.true_divide,
-    "div", "div_", "divide", "true_divide",
+    "div", "div_", "divide", "true_divide", rounding=elementwise,
 )  # fmt: skip
 def divide(x: Any, y: Any, *, rounding_mode: None = None) -> Signal:
     """By a constant."""
@@ -115,7 +134,9 @@ def _times(x: Signal, factors: Any, roundings: int) -> Signal:
     return x.scaled(largest, channelwise=True, linear=True)
 
 
-@lipschitz_rule(torch.maximum, torch.minimum, torch.fmax, torch.fmin, "maximum", "minimum")
+@lipschitz_rule(
+    torch.maximum, torch.minimum, torch.fmax, torch.fmin, "maximum", "minimum", rounding=elementwise
+)
 def larger(x: Any, y: Any) -> Signal:
     """Entry by entry ``|max(a, b) - max(c, d)| <= ||(a, b) - (c, d)||``; the same for min."""
     x, y = broadcast(x, y)
@@ -124,7 +145,7 @@ def larger(x: Any, y: Any) -> Signal:
     return signal_of(x if isinstance(x, Signal) else y).elementwise(0.0, 1.0)
 
 
-@lipschitz_rule(torch.matmul, operator.matmul, torch.mm, "matmul", "mm")
+@lipschitz_rule(torch.matmul, operator.matmul, torch.mm, "matmul", "mm", rounding=of_products)
 def matrix_product(x: Any, y: Any) -> Signal:
     """``x W`` with a constant matrix: `certify.rules.affine.linear` with its transpose."""
     if isinstance(x, Signal) and isinstance(y, Signal):

@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from certify.rules.registry import by_attributes, lipschitz_rule
+from certify.rules.rounding import elementwise, exact
 from certify.signal import Flatten, Signal, UnsupportedModel, Wrapping, side_by_side
 from ff_bounds.padding import duplication
 
 
 @lipschitz_rule(
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
+    nn.FeatureAlphaDropout, rounding=exact,
 )  # fmt: skip
 def identity(module: nn.Module, x: Signal) -> Signal:
     """In evaluation these return their input."""
@@ -27,7 +28,7 @@ def identity(module: nn.Module, x: Signal) -> Signal:
 
 @lipschitz_rule(
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-    torch.dropout,
+    torch.dropout, rounding=exact,
 )  # fmt: skip
 def dropout(input: Signal, p: float = 0.5, training: bool = True, inplace: bool = False) -> Signal:
     """Without ``training`` this returns its input."""
@@ -36,13 +37,13 @@ def dropout(input: Signal, p: float = 0.5, training: bool = True, inplace: bool 
     return input
 
 
-@lipschitz_rule("contiguous", "clone", "double", "detach", torch.clone)
+@lipschitz_rule("contiguous", "clone", "double", "detach", torch.clone, rounding=exact)
 def unchanged(x: Signal, *, memory_format: Any = None) -> Signal:
     """The same numbers: the certified network computes in float64 already."""
     return x
 
 
-@lipschitz_rule(torch.flatten, "flatten")
+@lipschitz_rule(torch.flatten, "flatten", rounding=exact)
 def flatten(x: Signal, start_dim: int = 0, end_dim: int = -1) -> Signal:
     """A reshape within each sample."""
     axes = len(x.shape)
@@ -55,10 +56,10 @@ def flatten(x: Signal, start_dim: int = 0, end_dim: int = -1) -> Signal:
     return x.scaled(linear=True)
 
 
-by_attributes(flatten, nn.Flatten, attributes="start_dim end_dim")
+by_attributes(flatten, nn.Flatten, attributes="start_dim end_dim", rounding=exact)
 
 
-@lipschitz_rule(torch.reshape, "reshape", "view")
+@lipschitz_rule(torch.reshape, "reshape", "view", rounding=exact)
 def reshape(x: Signal, *shape: Any) -> Signal:
     """A reshape that keeps the batch axis keeps samples apart (the walker checks that axis)."""
     if any(isinstance(s, torch.dtype) for s in shape):
@@ -69,7 +70,7 @@ def reshape(x: Signal, *shape: Any) -> Signal:
     return x.scaled(linear=True)
 
 
-@lipschitz_rule(nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+@lipschitz_rule(nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, rounding=exact)
 def rearrange(module: nn.Module, x: Signal) -> Signal:
     """A permutation of a sample's entries, or another shape (the walker checks the batch axis)."""
     if isinstance(module, nn.Unflatten) and module.dim in (0, -len(x.shape)):
@@ -77,13 +78,13 @@ def rearrange(module: nn.Module, x: Signal) -> Signal:
     return x.scaled(linear=True)
 
 
-@lipschitz_rule(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle)
+@lipschitz_rule(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, rounding=exact)
 def shuffle(input: Signal, factor: Any = None, **named: Any) -> Signal:
     """A permutation of a sample's entries."""
     return input.scaled(linear=True)
 
 
-@lipschitz_rule(torch.unflatten, "unflatten")
+@lipschitz_rule(torch.unflatten, "unflatten", rounding=exact)
 def unflatten(x: Signal, dim: int, sizes: Any) -> Signal:
     """One axis becomes several."""
     if dim % len(x.shape) == 0:
@@ -91,7 +92,7 @@ def unflatten(x: Signal, dim: int, sizes: Any) -> Signal:
     return x.scaled(linear=True)
 
 
-@lipschitz_rule(torch.squeeze, "squeeze", "squeeze_")
+@lipschitz_rule(torch.squeeze, "squeeze", "squeeze_", rounding=exact)
 def squeeze(x: Signal, dim: Any = None) -> Signal:
     """Drop axes of length one."""
     if dim is None:
@@ -99,7 +100,7 @@ def squeeze(x: Signal, dim: Any = None) -> Signal:
     return x.scaled(linear=True)
 
 
-@lipschitz_rule(torch.unsqueeze, "unsqueeze", "unsqueeze_")
+@lipschitz_rule(torch.unsqueeze, "unsqueeze", "unsqueeze_", rounding=exact)
 def unsqueeze(x: Signal, dim: int) -> Signal:
     """Add an axis of length one."""
     if dim % (len(x.shape) + 1) == 0:
@@ -107,7 +108,7 @@ def unsqueeze(x: Signal, dim: int) -> Signal:
     return x.scaled(linear=True)
 
 
-@lipschitz_rule(torch.permute, "permute")
+@lipschitz_rule(torch.permute, "permute", rounding=exact)
 def permute(x: Signal, *dims: Any) -> Signal:
     """Permute the axes, the batch's staying first."""
     order = _listed(dims)
@@ -116,7 +117,9 @@ def permute(x: Signal, *dims: Any) -> Signal:
     return x.scaled(linear=True)
 
 
-@lipschitz_rule(torch.transpose, torch.swapaxes, "transpose", "transpose_", "swapaxes")
+@lipschitz_rule(
+    torch.transpose, torch.swapaxes, "transpose", "transpose_", "swapaxes", rounding=exact
+)
 def transpose(x: Signal, dim0: int, dim1: int) -> Signal:
     """Swap two axes behind the batch's."""
     if dim0 % len(x.shape) == 0 or dim1 % len(x.shape) == 0:
@@ -124,7 +127,7 @@ def transpose(x: Signal, dim0: int, dim1: int) -> Signal:
     return x.scaled(linear=True)
 
 
-@lipschitz_rule(torch.flip, "flip", torch.roll, "roll")
+@lipschitz_rule(torch.flip, "flip", torch.roll, "roll", rounding=exact)
 def flip(x: Signal, *arguments: Any, **named: Any) -> Signal:
     """A permutation along axes behind the batch's."""
     axes = named.get("dims", arguments[-1] if arguments else None)
@@ -134,7 +137,7 @@ def flip(x: Signal, *arguments: Any, **named: Any) -> Signal:
     return x.scaled(linear=True)
 
 
-@lipschitz_rule(operator.getitem)
+@lipschitz_rule(operator.getitem, rounding=exact)
 def getitem(x: Any, index: Any) -> Any:
     """A slice drops entries; the batch axis must stay whole."""
     if isinstance(x, (tuple, list)):
@@ -150,7 +153,7 @@ def getitem(x: Any, index: Any) -> Any:
     return x.scaled(linear=True)
 
 
-@lipschitz_rule(torch.narrow, "narrow")
+@lipschitz_rule(torch.narrow, "narrow", rounding=exact)
 def narrow(x: Signal, dim: int, start: int, length: int) -> Signal:
     """A slice."""
     if dim % len(x.shape) == 0:
@@ -158,13 +161,13 @@ def narrow(x: Signal, dim: int, start: int, length: int) -> Signal:
     return x.scaled(linear=True)
 
 
-@lipschitz_rule(torch.select, "select")
+@lipschitz_rule(torch.select, "select", rounding=exact)
 def select(x: Signal, dim: int, index: int) -> Signal:
     """One entry of an axis."""
     return narrow(x, dim, index, 1)
 
 
-@lipschitz_rule(torch.chunk, "chunk")
+@lipschitz_rule(torch.chunk, "chunk", rounding=exact)
 def chunk(x: Signal, chunks: int, dim: int = 0) -> tuple[Signal, ...]:
     """Slices."""
     if dim % len(x.shape) == 0:
@@ -173,7 +176,7 @@ def chunk(x: Signal, chunks: int, dim: int = 0) -> tuple[Signal, ...]:
     return tuple(x.scaled(linear=True) for _ in range(math.ceil(x.shape[dim] / length)))
 
 
-@lipschitz_rule(torch.split, "split")
+@lipschitz_rule(torch.split, "split", rounding=exact)
 def split(x: Signal, split_size: Any, dim: int = 0) -> tuple[Signal, ...]:
     """Slices."""
     if dim % len(x.shape) == 0:
@@ -183,7 +186,7 @@ def split(x: Signal, split_size: Any, dim: int = 0) -> tuple[Signal, ...]:
     return tuple(x.scaled(linear=True) for _ in split_size)
 
 
-@lipschitz_rule(torch.unbind, "unbind")
+@lipschitz_rule(torch.unbind, "unbind", rounding=exact)
 def unbind(x: Signal, dim: int = 0) -> tuple[Signal, ...]:
     """Slices."""
     if dim % len(x.shape) == 0:
@@ -191,7 +194,7 @@ def unbind(x: Signal, dim: int = 0) -> tuple[Signal, ...]:
     return tuple(x.scaled(linear=True) for _ in range(x.shape[dim]))
 
 
-@lipschitz_rule(torch.cat, torch.concat, torch.concatenate)
+@lipschitz_rule(torch.cat, torch.concat, torch.concatenate, rounding=elementwise)
 def concatenate(tensors: Sequence[Any], dim: int = 0) -> Signal:
     """``Lip(f, g)^2 <= Lip(f)^2 + Lip(g)^2``; constants change nothing."""
     signals = [tensor for tensor in tensors if isinstance(tensor, Signal)]
@@ -202,7 +205,7 @@ def concatenate(tensors: Sequence[Any], dim: int = 0) -> Signal:
     return side_by_side(signals, channels=whole and axis == 1)
 
 
-@lipschitz_rule(torch.stack)
+@lipschitz_rule(torch.stack, rounding=elementwise)
 def stack(tensors: Sequence[Any], dim: int = 0) -> Signal:
     """As `concatenate`."""
     signals = [tensor for tensor in tensors if isinstance(tensor, Signal)]
@@ -211,7 +214,7 @@ def stack(tensors: Sequence[Any], dim: int = 0) -> Signal:
     return side_by_side(signals)
 
 
-@lipschitz_rule(F.pad)
+@lipschitz_rule(F.pad, rounding=elementwise)
 def pad(input: Signal, pad: Any, mode: str = "constant", value: float | None = None) -> Signal:
     """Constants (or cropping, by a negative amount), or copies of entries: see `duplication`."""
     x = input
@@ -239,7 +242,7 @@ def pad(input: Signal, pad: Any, mode: str = "constant", value: float | None = N
 
 
 def _pad_by(mode: str, *modules: type) -> None:
-    @lipschitz_rule(*modules)
+    @lipschitz_rule(*modules, rounding=elementwise)
     def padded(module: Any, x: Signal) -> Signal:
         """As `pad`."""
         return pad(x, module.padding, mode)
@@ -254,7 +257,7 @@ _pad_by("replicate", nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad
 _pad_by("circular", nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)
 
 
-@lipschitz_rule(torch.repeat_interleave, "repeat_interleave")
+@lipschitz_rule(torch.repeat_interleave, "repeat_interleave", rounding=exact)
 def repeat_interleave(x: Signal, repeats: Any, dim: Any = None) -> Signal:
     """Each entry so many times."""
     if not isinstance(repeats, int) or dim is None or dim % len(x.shape) == 0:
@@ -262,7 +265,7 @@ def repeat_interleave(x: Signal, repeats: Any, dim: Any = None) -> Signal:
     return _repeated(x, repeats)
 
 
-@lipschitz_rule("expand")
+@lipschitz_rule("expand", rounding=exact)
 def expand(x: Signal, *sizes: Any) -> Signal:
     """Axes of length one are repeated; each entry so many times."""
     wanted = _listed(sizes)
@@ -273,7 +276,7 @@ def expand(x: Signal, *sizes: Any) -> Signal:
     return _repeated(x, math.prod(new for old, new in pairs if old == 1 and new > 1))
 
 
-@lipschitz_rule("repeat", "tile", torch.tile)
+@lipschitz_rule("repeat", "tile", torch.tile, rounding=exact)
 def repeat(x: Signal, *repeats: Any) -> Signal:
     """Each entry the product of the repeats times."""
     counts = _listed(repeats)
@@ -310,7 +313,7 @@ def numel(x: Signal) -> int:
     return math.prod(x.shape)
 
 
-@lipschitz_rule(getattr)
+@lipschitz_rule(getattr, rounding=exact)
 def attribute(x: Any, name: str) -> Any:
     """Shapes and types are known; anything else of a tensor is not."""
     if not isinstance(x, Signal):

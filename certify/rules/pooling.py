@@ -13,6 +13,7 @@ from certify.operators import Convolution
 from certify.rules.affine import per_axis
 from certify.rules.registry import by_attributes, lipschitz_rule
 from certify.rules.resampling import axis_norm, check_axes, largest_coverage
+from certify.rules.rounding import averages, exact
 from certify.signal import Signal, UnsupportedModel
 
 _UP = 1.0 + 2.0**-50
@@ -44,11 +45,12 @@ def _max_pooling(axes: int, *operations: object) -> None:
             windows *= largest_coverage(size, taps, step, before, spacing, weights)
         return input.scaled(_root(windows), channelwise=True)
 
-    lipschitz_rule(*operations)(max_pool)
+    lipschitz_rule(*operations, rounding=exact)(max_pool)
     by_attributes(
         max_pool,
         (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[axes - 1],
         attributes="kernel_size stride padding dilation ceil_mode return_indices",
+        rounding=exact,
     )
 
 
@@ -72,8 +74,10 @@ def _adaptive_max_pooling(axes: int, module: type, function: object) -> None:
             windows *= max(sum(change[:end]) for end in range(1, size + 1))
         return input.scaled(_root(windows), channelwise=True)
 
-    lipschitz_rule(function)(adaptive_max_pool)
-    by_attributes(adaptive_max_pool, module, attributes="output_size return_indices")
+    lipschitz_rule(function, rounding=exact)(adaptive_max_pool)
+    by_attributes(
+        adaptive_max_pool, module, attributes="output_size return_indices", rounding=exact
+    )
 
 
 _adaptive_max_pooling(1, nn.AdaptiveMaxPool1d, F.adaptive_max_pool1d)
@@ -129,8 +133,9 @@ def _average_pooling(axes: int, module: type) -> None:
         )
 
     options = "kernel_size stride padding ceil_mode count_include_pad"
-    lipschitz_rule(_AVERAGES[axes - 1])(avg_pool)
-    by_attributes(avg_pool, module, attributes=options + (" divisor_override" if axes > 1 else ""))
+    lipschitz_rule(_AVERAGES[axes - 1], rounding=averages)(avg_pool)
+    options += " divisor_override" if axes > 1 else ""
+    by_attributes(avg_pool, module, attributes=options, rounding=averages)
 
 
 def _averages(
@@ -180,8 +185,8 @@ def _adaptive_average_pooling(axes: int, module: type, function: Any) -> None:
                 constant *= _UP * axis_norm(function, size, axis, axes, output_size=sizes)
         return input.scaled(constant / math.sqrt(entries) * _UP, channelwise=True, linear=True)
 
-    lipschitz_rule(function)(adaptive_avg_pool)
-    by_attributes(adaptive_avg_pool, module, attributes="output_size")
+    lipschitz_rule(function, rounding=averages)(adaptive_avg_pool)
+    by_attributes(adaptive_avg_pool, module, attributes="output_size", rounding=averages)
 
 
 _adaptive_average_pooling(1, nn.AdaptiveAvgPool1d, F.adaptive_avg_pool1d)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from certify.rules.registry import RULES, lipschitz_rule
+from certify.rules.rounding import elementwise, exact, reductions
+from certify.rules.rounding import logsumexp as logsumexp_rounding
 from certify.signal import Signal, UnsupportedModel
 
 _UP = 1.0 + 2.0**-50
@@ -34,7 +36,7 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
         raise UnsupportedModel(f"dtype={dtype}")
 
 
-@lipschitz_rule(torch.mean, "mean")
+@lipschitz_rule(torch.mean, "mean", rounding=reductions)
 def mean(
     input: Signal,
     dim: Any = None,
@@ -49,7 +51,7 @@ def mean(
     return input.scaled(1.0 / math.sqrt(entries) * _UP, channelwise=channelwise, linear=True)
 
 
-@lipschitz_rule(torch.sum, "sum")
+@lipschitz_rule(torch.sum, "sum", rounding=reductions)
 def sum_over(
     input: Signal,
     dim: Any = None,
@@ -64,14 +66,14 @@ def sum_over(
     return input.scaled(math.sqrt(entries) * _UP, channelwise=channelwise, linear=True)
 
 
-@lipschitz_rule(torch.amax, "amax", torch.amin, "amin")
+@lipschitz_rule(torch.amax, "amax", torch.amin, "amin", rounding=exact)
 def extremum(input: Signal, dim: Any = None, keepdim: bool = False, *, axis: Any = None) -> Signal:
     """``|max a - max b| <= max |a - b| <= ||a - b||`` on disjoint sets of entries."""
     _, channelwise = _reduced(input, axis if dim is None else dim)
     return input.scaled(channelwise=channelwise)
 
 
-@lipschitz_rule(torch.logsumexp, torch.special.logsumexp, "logsumexp")
+@lipschitz_rule(torch.logsumexp, torch.special.logsumexp, "logsumexp", rounding=logsumexp_rounding)
 def logsumexp(input: Signal, dim: Any, keepdim: bool = False) -> Signal:
     """Its gradient, a softmax, sums up to one and is nowhere longer than one."""
     _reduced(input, dim)
@@ -84,7 +86,7 @@ class _Extremum(NamedTuple):
 
 
 def _extremum_along(pairwise: Any, *operations: object) -> None:
-    @lipschitz_rule(*operations)
+    @lipschitz_rule(*operations, rounding=elementwise)
     def along(
         input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None, other: Any = None
     ) -> Any:

@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from certify.rules.rounding import Rounding
+
 Rule = Callable[..., Any]
 _Rule = TypeVar("_Rule", bound=Rule)
 
 RULES: dict[object, Rule] = {}
 """Rule of each operation: a module type, a function, or the name of a tensor's method."""
 
+ROUNDINGS: dict[object, Rounding] = {}
+"""How much each of these operations can round, as far as that is known."""
+
 REFUSALS: dict[object, str] = {}
 """Operations that cannot have a rule, and the reason."""
 
 
-def lipschitz_rule(*operations: object) -> Callable[[_Rule], _Rule]:
+def lipschitz_rule(
+    *operations: object, rounding: Rounding | None = None
+) -> Callable[[_Rule], _Rule]:
     """Register a rule for module types, functions or names of tensor methods.
+
+    Args:
+        operations: what it is about.
+        rounding: how much that can round (`certify.rules.rounding`); without it there are no radii
+            for rounded arithmetic.
 
     Raises:
         ValueError: an operation that already has a rule.
@@ -36,18 +48,23 @@ def lipschitz_rule(*operations: object) -> Callable[[_Rule], _Rule]:
             if operation in RULES:
                 raise ValueError(f"{operation!r} already has a Lipschitz rule")
         RULES.update(dict.fromkeys(operations, rule))
+        if rounding is not None:
+            ROUNDINGS.update(dict.fromkeys(operations, rounding))
         return rule
 
     return register
 
 
-def by_attributes(rule: Rule, *modules: type, attributes: str = "") -> None:
+def by_attributes(
+    rule: Rule, *modules: type, attributes: str = "", rounding: Rounding | None = None
+) -> None:
     """Register a function's rule for modules that call it with attributes of theirs.
 
     Args:
         rule: takes the signal and the named arguments.
         modules: module types.
         attributes: names, separated by spaces, of both the attributes and the arguments.
+        rounding: as in `lipschitz_rule`.
     """
     names = attributes.split()
 
@@ -55,7 +72,7 @@ def by_attributes(rule: Rule, *modules: type, attributes: str = "") -> None:
         return rule(x, **{name: getattr(module, name) for name in names})
 
     of_module.__doc__ = rule.__doc__
-    lipschitz_rule(*modules)(of_module)
+    lipschitz_rule(*modules, rounding=rounding)(of_module)
 
 
 def refuse(reason: str, *operations: object) -> None:

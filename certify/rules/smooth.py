@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from certify.rules.activations import SINGLE_SIXTH, number
 from certify.rules.registry import by_attributes, lipschitz_rule
+from certify.rules.rounding import of_library, sixths
 from certify.signal import Signal, UnsupportedModel
 
 
-@lipschitz_rule(torch.tanh, torch.tanh_, "tanh", "tanh_")
+@lipschitz_rule(torch.tanh, torch.tanh_, "tanh", "tanh_", rounding=of_library)
 def tanh(input: Signal) -> Signal:
     """The slope is ``1 - t^2`` where ``t`` is the value, its slope ``-2 t (1 - t^2)``.
 
@@ -27,19 +28,21 @@ def tanh(input: Signal) -> Signal:
     return input.elementwise(0.0, 1.0, largest=1.0, curvature=_both(0.7698003589195011))
 
 
-by_attributes(tanh, nn.Tanh)
+by_attributes(tanh, nn.Tanh, rounding=of_library)
 
 
-@lipschitz_rule(F.tanhshrink)
+@lipschitz_rule(F.tanhshrink, rounding=of_library)
 def tanhshrink(input: Signal) -> Signal:
     """``x - tanh(x)``, with slope ``tanh(x)^2``."""
     return input.elementwise(0.0, 1.0, curvature=_both(0.7698003589195011))
 
 
-by_attributes(tanhshrink, nn.Tanhshrink)
+by_attributes(tanhshrink, nn.Tanhshrink, rounding=of_library)
 
 
-@lipschitz_rule(torch.sigmoid, torch.sigmoid_, torch.special.expit, "sigmoid", "sigmoid_")
+@lipschitz_rule(
+    torch.sigmoid, torch.sigmoid_, torch.special.expit, "sigmoid", "sigmoid_", rounding=of_library
+)
 def sigmoid(input: Signal) -> Signal:
     """The slope ``s (1 - s)`` is at most 1/4.
 
@@ -48,19 +51,19 @@ def sigmoid(input: Signal) -> Signal:
     return input.elementwise(0.0, 0.25, largest=1.0, curvature=_both(0.09622504486493764))
 
 
-by_attributes(sigmoid, nn.Sigmoid)
+by_attributes(sigmoid, nn.Sigmoid, rounding=of_library)
 
 
-@lipschitz_rule(F.logsigmoid)
+@lipschitz_rule(F.logsigmoid, rounding=of_library)
 def logsigmoid(input: Signal) -> Signal:
     """``-log(1 + exp(-x))``: the slope ``1 / (1 + exp(x))`` lies between 0 and 1 and falls."""
     return input.elementwise(0.0, 1.0, curvature=(-0.25, 0.0))
 
 
-by_attributes(logsigmoid, nn.LogSigmoid)
+by_attributes(logsigmoid, nn.LogSigmoid, rounding=of_library)
 
 
-@lipschitz_rule(F.softplus)
+@lipschitz_rule(F.softplus, rounding=of_library)
 def softplus(input: Signal, beta: float = 1.0, threshold: float = 20.0) -> Signal:
     """The slope is the sigmoid of ``beta x``, at most 1, and its own slope at most ``beta / 4``.
 
@@ -76,19 +79,19 @@ def softplus(input: Signal, beta: float = 1.0, threshold: float = 20.0) -> Signa
     return input.elementwise(0.0, 1.0, curvature=(0.0, number(beta) / 4.0))
 
 
-by_attributes(softplus, nn.Softplus, attributes="beta threshold")
+by_attributes(softplus, nn.Softplus, attributes="beta threshold", rounding=of_library)
 
 
-@lipschitz_rule(F.softsign)
+@lipschitz_rule(F.softsign, rounding=of_library)
 def softsign(input: Signal) -> Signal:
     """``x / (1 + |x|)``: the slope ``1 / (1 + |x|)^2`` is at most 1, its own at most 2."""
     return input.elementwise(0.0, 1.0, curvature=_both(2.0))
 
 
-by_attributes(softsign, nn.Softsign)
+by_attributes(softsign, nn.Softsign, rounding=of_library)
 
 
-@lipschitz_rule(F.elu)
+@lipschitz_rule(F.elu, rounding=of_library)
 def elu(input: Signal, alpha: float = 1.0, inplace: bool = False) -> Signal:
     """Slopes 1 above zero, ``alpha exp(x)`` below: all between 0 and ``alpha``.
 
@@ -98,25 +101,25 @@ def elu(input: Signal, alpha: float = 1.0, inplace: bool = False) -> Signal:
     return input.elementwise(min(0.0, number(alpha)), max(1.0, number(alpha)), curvature=curvature)
 
 
-by_attributes(elu, nn.ELU, attributes="alpha")
+by_attributes(elu, nn.ELU, attributes="alpha", rounding=of_library)
 
 
-@lipschitz_rule(F.elu_)
+@lipschitz_rule(F.elu_, rounding=of_library)
 def elu_(input: Signal, alpha: float = 1.0) -> Signal:
     """As `elu`; what torch takes as the third argument here is a scale."""
     return elu(input, alpha)
 
 
-@lipschitz_rule(F.selu, torch.selu, torch.selu_)
+@lipschitz_rule(F.selu, torch.selu, torch.selu_, rounding=of_library)
 def selu(input: Signal, inplace: bool = False) -> Signal:
     """``s ELU(alpha)``: as ``alpha = 1.67...`` is above 1, the slope is at most ``s alpha``."""
     return input.elementwise(0.0, 1.758099340847377)
 
 
-by_attributes(selu, nn.SELU)
+by_attributes(selu, nn.SELU, rounding=of_library)
 
 
-@lipschitz_rule(F.celu, torch.celu, torch.celu_)
+@lipschitz_rule(F.celu, torch.celu, torch.celu_, rounding=of_library)
 def celu(input: Signal, alpha: float = 1.0, inplace: bool = False) -> Signal:
     """``alpha (exp(x / alpha) - 1)`` below zero: slopes between 0 and 1 for positive alpha.
 
@@ -131,10 +134,10 @@ def celu(input: Signal, alpha: float = 1.0, inplace: bool = False) -> Signal:
     return input.elementwise(0.0, 1.0, curvature=(0.0, _up(inverse)) if exact else None)
 
 
-by_attributes(celu, nn.CELU, attributes="alpha")
+by_attributes(celu, nn.CELU, attributes="alpha", rounding=of_library)
 
 
-@lipschitz_rule(F.gelu)
+@lipschitz_rule(F.gelu, rounding=of_library)
 def gelu(input: Signal, approximate: str = "none") -> Signal:
     r"""Slopes slightly below 0 and above 1.
 
@@ -161,10 +164,10 @@ def gelu(input: Signal, approximate: str = "none") -> Signal:
     raise UnsupportedModel(f"GELU with approximate={approximate!r}")
 
 
-by_attributes(gelu, nn.GELU, attributes="approximate")
+by_attributes(gelu, nn.GELU, attributes="approximate", rounding=of_library)
 
 
-@lipschitz_rule(F.silu)
+@lipschitz_rule(F.silu, rounding=of_library)
 def silu(input: Signal, inplace: bool = False) -> Signal:
     """``x s(x)`` has the slope ``g = s + x s (1 - s)`` with ``g(-x) = 1 - g(x)``.
 
@@ -176,10 +179,10 @@ def silu(input: Signal, inplace: bool = False) -> Signal:
     )
 
 
-by_attributes(silu, nn.SiLU)
+by_attributes(silu, nn.SiLU, rounding=of_library)
 
 
-@lipschitz_rule(F.mish)
+@lipschitz_rule(F.mish, rounding=of_library)
 def mish(input: Signal, inplace: bool = False) -> Signal:
     """``x t`` with ``t = tanh(log(1 + exp(x)))``, which torch evaluates without a threshold.
 
@@ -194,10 +197,10 @@ def mish(input: Signal, inplace: bool = False) -> Signal:
     )
 
 
-by_attributes(mish, nn.Mish)
+by_attributes(mish, nn.Mish, rounding=of_library)
 
 
-@lipschitz_rule(F.hardswish)
+@lipschitz_rule(F.hardswish, rounding=sixths)
 def hardswish(input: Signal, inplace: bool = False) -> Signal:
     """``x relu6(x + 3) / 6``: the slope ``(2 x + 3) / 6`` between -3 and 3, 0 and 1 beyond.
 
@@ -206,18 +209,19 @@ def hardswish(input: Signal, inplace: bool = False) -> Signal:
     return input.elementwise(-3.0 * SINGLE_SIXTH, 9.0 * SINGLE_SIXTH)
 
 
-by_attributes(hardswish, nn.Hardswish)
+by_attributes(hardswish, nn.Hardswish, rounding=sixths)
 
 
 @lipschitz_rule(
-    torch.sin, torch.sin_, "sin", "sin_", torch.cos, torch.cos_, "cos", "cos_"
+    torch.sin, torch.sin_, "sin", "sin_", torch.cos, torch.cos_, "cos", "cos_",
+    rounding=of_library,
 )  # fmt: skip
 def sine(input: Signal) -> Signal:
     """The slope is a sine or cosine, and its slope, too."""
     return input.elementwise(-1.0, 1.0, curvature=_both(1.0))
 
 
-@lipschitz_rule(torch.sinc, torch.sinc_, torch.special.sinc, "sinc", "sinc_")
+@lipschitz_rule(torch.sinc, torch.sinc_, torch.special.sinc, "sinc", "sinc_", rounding=of_library)
 def sinc(input: Signal) -> Signal:
     """``sin(pi x) / (pi x)`` has the odd slope ``pi (cos z - sin(z) / z) / z``, ``z = pi x``.
 
@@ -228,7 +232,8 @@ def sinc(input: Signal) -> Signal:
 
 
 @lipschitz_rule(
-    torch.atan, torch.atan_, torch.arctan, torch.arctan_, "atan", "atan_", "arctan", "arctan_"
+    torch.atan, torch.atan_, torch.arctan, torch.arctan_, "atan", "atan_", "arctan", "arctan_",
+    rounding=of_library,
 )  # fmt: skip
 def atan(input: Signal) -> Signal:
     """The slope ``1 / (1 + x^2)`` is at most 1, its own at most ``3 sqrt(3) / 8``."""
@@ -237,26 +242,26 @@ def atan(input: Signal) -> Signal:
 
 @lipschitz_rule(
     torch.asinh, torch.asinh_, torch.arcsinh, torch.arcsinh_, "asinh", "asinh_", "arcsinh",
-    "arcsinh_",
+    "arcsinh_", rounding=of_library,
 )  # fmt: skip
 def asinh(input: Signal) -> Signal:
     """The slope ``1 / sqrt(1 + x^2)`` is at most 1, its own at most ``2 / (3 sqrt(3))``."""
     return input.elementwise(0.0, 1.0, curvature=_both(0.3849001794597506))
 
 
-@lipschitz_rule(torch.erf, torch.erf_, torch.special.erf, "erf", "erf_")
+@lipschitz_rule(torch.erf, torch.erf_, torch.special.erf, "erf", "erf_", rounding=of_library)
 def erf(input: Signal) -> Signal:
     """The slope ``2 exp(-x^2) / sqrt(pi)`` is largest at 0, its own at ``1 / sqrt(2)``."""
     return input.elementwise(0.0, 1.1283791670955128, curvature=_both(0.9678828980765735))
 
 
-@lipschitz_rule(torch.erfc, torch.erfc_, torch.special.erfc, "erfc", "erfc_")
+@lipschitz_rule(torch.erfc, torch.erfc_, torch.special.erfc, "erfc", "erfc_", rounding=of_library)
 def erfc(input: Signal) -> Signal:
     """``1 - erf(x)``."""
     return input.elementwise(-1.1283791670955128, 0.0, curvature=_both(0.9678828980765735))
 
 
-@lipschitz_rule(torch.special.ndtr)
+@lipschitz_rule(torch.special.ndtr, rounding=of_library)
 def ndtr(input: Signal) -> Signal:
     """The normal slope ``exp(-x^2 / 2) / sqrt(2 pi)`` is largest at 0, its own slope at -1."""
     return input.elementwise(0.0, 0.3989422804014327, curvature=_both(0.2419707245191434))

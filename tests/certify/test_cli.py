@@ -475,3 +475,42 @@ def test_eval_takes_a_domain_and_tightenings(run_folder: Path) -> None:
         assert match is not None
         found.append(float(match[1]))
     assert found[1] <= found[0]  # sorting channels leaves nothing to gain
+
+
+def test_certificates_are_saved_and_proven_again(run_folder: Path, tmp_path: Path) -> None:
+    model = ("--model", run_folder / "ckpt.pt")
+    cert = tmp_path / "cert.json"
+    result = invoke(
+        "eval", *model, "--limit", 50, "--precision", "float32", "--method", "supremum",
+        "--save", cert,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^arithmetic +float32$", result.output, re.MULTILINE)
+    assert re.search(r"^rounding costs +\S+ %$", result.output, re.MULTILINE)
+    result = invoke("verify", cert, *model)
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(r"\d+ bounds and 50 radii are proven: .*\n", result.output)
+    cert.write_text(cert.read_text().replace('"lipschitz": ', '"lipschitz": 1'))
+    assert_one_line(invoke("verify", cert, *model), "was changed after it was written")
+    assert_one_line(invoke("verify", tmp_path / "none", *model), "cannot read the certificate")
+    settings = ("--certificate", "local", "--save", cert)
+    assert_one_line(invoke("eval", *model, *settings), "a certificate that can be checked needs")
+
+
+def test_what_is_not_known_to_round_is_certified_exactly_and_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("enlarging.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    up = nn.Upsample(scale_factor=2, mode='bilinear')\n"
+        "    return nn.Sequential(up, nn.Flatten(), nn.Linear(4 * 28 * 28, 10))\n"
+    )
+    asked = ("eval", "--model", "enlarging:make", "--input-shape", "1,28,28")
+    asked += ("--dataset", "mnist-5k", "--limit", 5)
+    result = invoke(*asked)
+    assert result.exit_code == 0, result.output
+    assert "radii of exact arithmetic: node '0': it is not known how much" in result.output
+    assert re.search(r"^arithmetic +exact$", result.output, re.MULTILINE)
+    assert_one_line(invoke(*asked, "--precision", "float32"), "it is not known how much")

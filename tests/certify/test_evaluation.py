@@ -42,6 +42,7 @@ def test_json_is_standard_and_complete() -> None:
         "median_radius",
         "lipschitz",
         "certificate",
+        "precision",
         "seconds",
     ]
     assert summary["certified_accuracy"]["0.25"] == pytest.approx(1 / 3)

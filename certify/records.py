@@ -1,0 +1,187 @@
+"""Certificates on file: what was proven, of what, and by what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certify.bounding import Norms
+from certify.certified_model import CertifiedModel
+from certify.data import ImageData
+from certify.evaluation import Report
+from certify.files import write_text
+from certify.norms import proven_norms
+from certify.operators import Convolution, Matrix, Weighted
+from ff_bounds import supremum_bracket
+from ff_bounds.rounding import round_up
+
+FORMAT = "certify certificate 1"
+
+
+class RecordError(ValueError):
+    """The file is not a certificate, or not of what it is said to be of; the message says why."""
+
+
+@dataclass
+class Recorder:
+    """Proves norms as `proven_norms` does, and keeps what was proven.
+
+    Attributes:
+        layers: an entry for each operator, in the order in which they were asked for.
+    """
+
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(
+        self, operators: Sequence[Weighted], method: str, *, any_size: bool = False
+    ) -> Norms:
+        """See `certify.norms.Prove`."""
+        norms = proven_norms(operators, method, any_size=any_size)
+        found = {operator: norms(operator) for operator in operators}
+        for operator in found:
+            if isinstance(operator, Matrix):  # what the error of an SVD can be
+                found[operator] = round_up(found[operator] * (1.0 + 2.0**-33), 1)
+        self.layers += [_entry(operator, found[operator], method) for operator in operators]
+        return found.__getitem__
+
+
+def _entry(operator: Weighted, bound: Tensor, method: str) -> dict[str, Any]:
+    """A bound with its witness: where the symbol reaches how much."""
+    found: dict[str, Any] = {
+        "kind": type(operator).__name__.lower(),
+        "shape": list(operator.weight.shape),
+        "method": method,
+        "bound": bound.item(),
+    }
+    if isinstance(operator, Convolution) and method == "supremum":
+        bracket = supremum_bracket(operator.exact_kernel())
+        found["reached"] = bracket.lower.item() * operator.gain()
+        found["frequency"] = bracket.frequency.tolist()
+        found["group"] = bracket.group
+    return found
+
+
+_RECORDED = ("fantastic_four", "tensor_norm", "gram_iteration", "supremum")
+
+
+def check_recordable(method: str, tighten: str, certificate: str) -> None:
+    """Refuse what could not be proven again.
+
+    Raises:
+        ValueError: settings for which there is no such record; the message says which there are.
+    """
+    if method not in _RECORDED or tighten == "balance" or certificate != "lipschitz":
+        raise ValueError(
+            "a certificate that can be checked needs --certificate lipschitz, --tighten none, "
+            f"merge or join, and --method {', '.join(_RECORDED)}"
+        )
+
+
+def record_of(
+    certified: CertifiedModel,
+    recorder: Recorder,
+    report: Report,
+    data: ImageData,
+    where: Mapping[str, Any],
+    described: str,
+) -> dict[str, Any]:
+    """The content of a certificate, for `write_record`.
+
+    Args:
+        certified: the network, whose norms ``recorder`` proved.
+        recorder: what it was given as ``prove``.
+        report: of its radii.
+        data: what that is about: the first images of a data set.
+        where: names of data set and split.
+        described: the model, for people.
+    """
+    precision = certified.precision
+    return {
+        "model": {"sha256": hash_of_model(certified.model), "described": described},
+        "input_shape": list(certified.input_shape),
+        "data": dict(where),
+        "images": {
+            "indices": list(range(len(data))),
+            "sha256": hash_of_images(data.images, data.labels),
+        },
+        "method": certified.method,
+        "tighten": certified.tighten,
+        "domain": None if certified.domain is None else list(certified.domain),
+        "precision": None if precision is None else precision.name,
+        "layers": recorder.layers,
+        "lipschitz": report.lipschitz,
+        "margin_lipschitz": certified.margin_lipschitz().tolist(),
+        "predictions": report.found.prediction.tolist(),
+        "radii": report.found.radius.tolist(),
+        "versions": versions(),
+    }
+
+
+def hash_of_model(model: nn.Module) -> str:
+    """SHA-256 of the names, shapes and values of all parameters and buffers, as float64."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor.to(torch.float64) if tensor.is_floating_point() else tensor))
+    return digest.hexdigest()
+
+
+def hash_of_images(images: Tensor, labels: Tensor) -> str:
+    """SHA-256 of images and labels, in their order."""
+    digest = hashlib.sha256(f"{tuple(images.shape)}\n".encode())
+    digest.update(_bytes(images))
+    digest.update(_bytes(labels))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().tobytes()
+
+
+def versions() -> dict[str, str]:
+    """What computed the certificate."""
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def write_record(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a certificate, with a SHA-256 of all that is in it."""
+    whole = {"format": FORMAT, **content}
+    whole["sha256"] = digest_of(whole)
+    write_text(path, _text(whole))
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read a certificate.
+
+    Raises:
+        RecordError: no such file, another kind of file, or one that was changed since.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise RecordError(f"cannot read the certificate {path}: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise RecordError(f"{path} is not a certificate of this project")
+    # Digits of a number that make no difference to its value are looked at as well.
+    if content.get("sha256") != digest_of(content) or text != _text(content):
+        raise RecordError(f"{path} was changed after it was written: its SHA-256 does not fit")
+    return content
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a certificate's content, its own left out."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

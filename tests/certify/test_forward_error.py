@@ -1,0 +1,297 @@
+"""Errors of the forward pass: never beyond the bound, for every operation that has a rule."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import models
+from certify import CertifiedModel, UnsupportedModel
+from certify.forward_error import ForwardError
+from certify.precision import PRECISIONS, precision
+from certify.rules.registry import ROUNDINGS
+from tests.certify.rules.harness import Apply, Case
+from tests.certify.rules.test_registry import FILES
+
+CASES: list[Case] = [case for file in FILES for case in file.CASES]
+KNOWN = [case for case in CASES if all(key in ROUNDINGS for key in case.operations)]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def certified_and_error(
+    model: nn.Module, shape: tuple[int, ...]
+) -> tuple[CertifiedModel, ForwardError]:
+    certified = CertifiedModel(model, shape)
+    return certified, ForwardError(certified._graph, certified._output, certified._norms)
+
+
+def check_errors(model: nn.Module, shape: tuple[int, ...], name: str) -> None:
+    """Compare the errors of a float32 network in some precision with their bounds."""
+    certified, bounds = certified_and_error(model, shape)
+    rounded = copy.deepcopy(model).to(DTYPES[name]).eval()
+    for scale in (1e-3, 1.0, 30.0):
+        x = scale * torch.randn(20, *shape)
+        radius = 0.1 * scale * torch.ones(20)
+        ways = torch.randn(20, *shape)
+        length = 0.99 * radius / ways.flatten(1).norm(dim=1)
+        moved = x + length.reshape(-1, *[1] * len(shape)) * ways
+        found, _ = bounds.bounds(x.double(), radius.double(), precision(name))
+        with torch.no_grad():
+            result = rounded(moved.to(DTYPES[name], copy=True)).double()
+            exact = certified.logits(moved)
+        assert bool(((result - exact).norm(dim=1) <= found).all()), scale
+
+
+BEFORE: dict[str, Callable[[Tensor], Tensor]] = {
+    "alone": lambda x: x,
+    "behind a product": lambda x: 1.1 * x,
+    "behind a shifted tanh": lambda x: torch.tanh(1.1 * x) + 1.0,
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", KNOWN, ids=lambda case: case.name)
+def test_errors_stay_within_their_bounds(case: Case, name: str, before: str) -> None:
+    torch.manual_seed(0)
+    layers = [Apply(BEFORE[before]), case.make(), nn.Flatten(), Apply(lambda x: x + 0.7)]
+    model = nn.Sequential(*layers).float().eval()
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).to(DTYPES[name])(torch.zeros(2, *case.shape, dtype=DTYPES[name]))
+        certified_and_error(model, case.shape)
+    except (RuntimeError, UnsupportedModel) as reason:  # with constants of float64, mostly
+        pytest.skip(str(reason))
+    check_errors(model, case.shape, name)
+
+
+@pytest.mark.parametrize("certificate", ["lipschitz", "local", "curvature", "dual", "best"])
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_radii_shrink_by_what_rounding_costs(certificate: str, name: str) -> None:
+    torch.manual_seed(0)
+    activation = "relu" if certificate == "local" else "softplus"
+    model = models.build("mlp", hidden=(20,), input_shape=(1, 3, 3), activation=activation)
+    x = torch.rand(30, 1, 3, 3)
+    exact = CertifiedModel(model, (1, 3, 3)).certify(x, certificate)
+    found = CertifiedModel(model, (1, 3, 3), precision=name).certify(x, certificate)
+    assert torch.equal(found.prediction, exact.prediction)
+    assert bool((found.radius <= exact.radius).all())
+    if name == "bfloat16":
+        return
+    limit = {"float64": 1e-11, "float32": 1e-3, "tf32": 0.3}[name]
+    if certificate in ("dual", "best"):
+        limit = max(limit, 1e-3)  # it ends its search when it is near enough to what can be proven
+    assert bool((found.radius >= exact.radius - limit).all())
+    assert bool((found.radius < exact.radius)[exact.radius > 0].all())
+
+
+def test_a_network_without_a_margin_is_not_certified() -> None:
+    """Margins below what float32 resolves, so that its predictions are those of chance."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]))
+        model[1].bias.fill_(1e6)
+    x = torch.tensor([[[[0.5, 0.49], [0.0, 0.0]]]])
+    exact = CertifiedModel(model, (1, 2, 2)).certify(x)
+    assert exact.radius.item() == pytest.approx(0.01 / 2**0.5, rel=1e-6)
+    assert CertifiedModel(model, (1, 2, 2), precision="float64").certify(x).radius.item() > 0.007
+    found = CertifiedModel(model, (1, 2, 2), precision="float32").certify(x)
+    assert found.radius.item() == 0.0
+    assert found.prediction.item() == 0
+
+
+def test_what_is_not_known_is_refused() -> None:
+    model = nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Flatten())
+    assert CertifiedModel(model, (1, 2, 2)).lipschitz() > 0
+    with pytest.raises(UnsupportedModel, match=r"node '0': it is not known how much .* can round"):
+        CertifiedModel(model, (1, 2, 2), precision="float32")
+    with pytest.raises(ValueError, match="expected precision to be one of float64, float32"):
+        CertifiedModel(model, (1, 2, 2), precision="float8")
+
+
+def test_sums_of_constants_do_not_hide_what_was_rounded_before() -> None:
+    """Steep rows, whose roundings decide: a shift behind a clamp is a signal of its own."""
+
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(400, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.clamp(self.a(x), -1, 1) - 0.5
+
+    torch.manual_seed(0)
+    model = Steep()
+    model.a.weight.data = 1e6 * torch.randn(3, 400)
+    model.a.bias.data.zero_()
+    weight = model.a.weight.data.double()
+    x = torch.randn(8, 400).double()
+    x = (x - (x @ weight.T) @ torch.linalg.inv(weight @ weight.T) @ weight).float()
+    found = CertifiedModel(model, (400,), precision="float32").certify(x)
+    wrong = model(x).argmax(dim=1) != found.prediction
+    assert wrong.any()
+    assert not found.radius[wrong].any()
+
+
+IMAGES = (2, 5, 5)
+SHARED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a shift beside its origin": lambda h: torch.cat([h.sigmoid(), h.sigmoid() + 1.0], 1),
+    "their sum": lambda h: torch.relu(h) + (torch.relu(h) + 1.0),
+    "a gate": lambda h: h * F.relu6(h + 3.0),
+    "circular padding": lambda h: F.conv2d(
+        F.pad(h, (1, 1, 1, 1), mode="circular"), torch.full((1, 2, 3, 3), 0.1)
+    ),
+    "reduced to one number": lambda h: h.sum((1, 2, 3)).unsqueeze(1),
+    "taken apart": lambda h: h.flatten(1).unbind(1)[3][:, None],
+    "named arguments": lambda h: torch.sum(input=h, dim=2) / 1.1,
+    "no entries": lambda h: h.flatten(1)[:, :0],
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_errors_of_networks_with_shared_tensors(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1)
+            self.register_buffer("kernel", torch.full((1, 2, 3, 3), 0.1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv(x)
+            if name == "circular padding":
+                return F.conv2d(F.pad(h, (1, 1, 1, 1), mode="circular"), self.kernel).flatten(1)
+            return SHARED[name](h).flatten(1)
+
+    torch.manual_seed(0)
+    model = Net()
+    domain = (-200.0, 200.0) if name == "a gate" else None
+    certified = CertifiedModel(model, IMAGES, domain=domain)
+    bounds = ForwardError(certified._graph, certified._output, certified._norms)
+    x = torch.randn(50, *IMAGES)
+    found, here = bounds.bounds(x.double(), torch.zeros(50).double(), precision("float32"))
+    with torch.no_grad():
+        error = (model(x).double() - certified.logits(x)).norm(dim=1)
+    assert bool((error <= found).all())
+    if name != "no entries":
+        assert bool((found <= 1e5 * error.max()).all())
+        assert bool((here > 0).all() and (here < 1e-6 * found).all())
+
+
+class Computed(nn.Module):
+    """A weight that is computed in the forward pass, with rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(1e4 + torch.randn(3, 20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w - self.w.mean(1, keepdim=True))
+
+
+class Transposed(Computed):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w.transpose(0, 1)
+
+
+def test_constants_that_are_computed_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="constants are computed in the forward"):
+        CertifiedModel(Computed(), (20,), precision="float32")
+    CertifiedModel(Transposed(), (20,), precision="float32")  # that one is only moved
+
+
+OVERFLOWING: dict[str, Callable[[Tensor], Tensor]] = {
+    "products": lambda x: torch.tanh(x * 1e20 * 1e20),
+    "sums": lambda x: (x * 2e38 + x * 2e38) * 1e-38,
+    "means": lambda x: (x * 3e37).repeat(1, 40).mean(1, keepdim=True) * torch.ones(3) * 1e-38,
+    "softplus": lambda x: F.softplus(x, beta=1e-40, threshold=40.0) * 1e-30,
+    "tiny divisors": lambda x: x * 1e-38 / 1.1e-40,
+    "tiny factors": lambda x: x * 1e-41 * 1e38,
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWING)
+def test_what_leaves_the_range_is_not_certified(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(OVERFLOWING[name](x))
+
+    torch.manual_seed(0)
+    certified = CertifiedModel(Net(), (3,), precision=None)
+    try:
+        found = CertifiedModel(Net(), (3,), precision="float32").certify(torch.rand(9, 3))
+    except UnsupportedModel:
+        return
+    assert not found.radius.any()
+    assert certified.certify(torch.rand(9, 3)).radius.any()
+
+
+def test_maxima_with_constants_round_these() -> None:
+    class Limited(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("low", torch.tensor([[0.1, 0.0]], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.max(x, self.low)
+
+    found = CertifiedModel(Limited(), (2,), precision="float32")
+    assert found.certify(torch.tensor([[0.0, 0.1]])).radius.item() == 0.0
+
+
+def test_tiny_tensors_keep_their_errors() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)).double()
+    _, bounds = certified_and_error(model, (5,))
+    x = 1e-165 * torch.randn(20, 5, dtype=torch.float64)
+    found, here = bounds.bounds(x, torch.zeros(20).double(), precision("float64"))
+    assert bool((found > 1e-183).all())
+    assert bool((here > 1e-183).all())
+
+
+def test_a_sample_does_not_change_the_others() -> None:
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.cat([F.softplus(x, threshold=40.0), x], 1))
+
+    certified = CertifiedModel(Net(), (4,), precision="float32")
+    x = torch.rand(5, 4)
+    alone = certified.certify(x).radius
+    beside = certified.certify(torch.cat([x, 1e30 * torch.rand(1, 4)])).radius
+    torch.testing.assert_close(beside[:5], alone, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "as they are"])
+def test_the_order_of_summation_does_not_matter(order: str) -> None:
+    """A machine that adds one product after the other, in float32."""
+    torch.manual_seed(0)
+    model = nn.Linear(2000, 2, bias=False)
+    with torch.no_grad():
+        model.weight.abs_()
+    _, bounds = certified_and_error(model, (2000,))
+    x = torch.rand(10, 2000)
+    found, _ = bounds.bounds(x.double(), torch.zeros(10).double(), precision("float32"))
+    products = x[:, None] * model.weight.detach()
+    if order != "as they are":
+        products = products.sort(dim=2, descending=order == "descending").values
+    total = torch.zeros(10, 2)
+    for column in products.unbind(2):
+        total = total + column
+    exact = x.double() @ model.weight.detach().double().T
+    error = (total.double() - exact).norm(dim=1)
+    assert bool((error <= found).all())
+    assert bool((error > 1e-3 * found).any())
