@@ -29,8 +29,8 @@ def attack_distances(
     *,
     steps: int = 20,
     batch: int = 1024,
-) -> Tensor:
-    """Distances ``(N, C)`` at which a point of another class was seen, or infinity.
+) -> tuple[Tensor, Tensor]:
+    """Distances ``(N,)`` at which a point of another class was seen, or infinity; and the points.
 
     Only the nearest classes are tried, by the linear models at the inputs.
 
@@ -83,9 +83,14 @@ def attack_distances(
         far, near = torch.where(found, middle, far), torch.where(found, near, middle)
     distance = torch.where(far < torch.inf, far * length, torch.inf)
     direct = torch.where(seen(nearest), (nearest - start).norm(dim=1), torch.inf)
-    result = torch.full_like(logits, torch.inf)
-    result[sample, other] = torch.minimum(distance, direct)
-    return result
+    found = torch.full((*logits.shape, 2), torch.inf, dtype=logits.dtype, device=logits.device)
+    found[sample, other] = torch.stack([distance, direct], dim=1)
+    points = x.flatten(1).repeat_interleave(2 * classes, 0).reshape(len(x), classes, 2, -1)
+    on_way = start + torch.where(far < torch.inf, far, 0.0)[:, None] * way
+    points[sample, other] = torch.stack([on_way, nearest], dim=1)
+    smallest, place = found.flatten(1).min(dim=1)
+    rows = torch.arange(len(x), device=x.device)
+    return smallest, points.flatten(1, 2)[rows, place].reshape(x.shape)
 
 
 def broken(
@@ -97,7 +102,7 @@ def broken(
     *,
     steps: int = 20,
     batch: int = 1024,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Whether projected gradient descent finds another class within a radius of each input.
 
     For the nearest other classes, steps on the margin from the input and from a random point of the
@@ -113,7 +118,7 @@ def broken(
         batch: points in one pass at most.
 
     Returns:
-        ``(N,)`` bool.
+        ``(N,)`` bool, and points of another class where there are any.
 
     References:
         A. Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018.
@@ -122,7 +127,7 @@ def broken(
     tried = (radius > 0) & torch.isfinite(radius)
     sample, other = _nearest(margins, x, own, logits.shape[1], batch)
     sample, other = sample[tried[sample]], other[tried[sample]]
-    found = torch.zeros(len(sample), dtype=torch.bool, device=x.device)
+    result, points_of = torch.zeros_like(tried), x.clone()
     generator = torch.Generator().manual_seed(0)
     for start in (False, True):
         for part in torch.arange(len(sample), device=x.device).split(batch):
@@ -145,10 +150,10 @@ def broken(
                 delta = _on_sphere(delta - _on_sphere(gradient.flatten(1), length), size)
             inside = best.norm(dim=1) <= size[:, 0]
             points = (centre + best).reshape(-1, *x.shape[1:])
-            found[part] |= inside & (_margin(values(points), *classes) <= 0)
-    result = torch.zeros_like(tried)
-    result[sample[found]] = True
-    return result
+            found = inside & (_margin(values(points), *classes) <= 0)
+            result[sample[part][found]] = True
+            points_of[sample[part][found]] = points[found]
+    return result, points_of
 
 
 def _nearest(

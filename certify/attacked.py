@@ -12,6 +12,29 @@ from certify.certified_model import CertifiedModel
 from certify.data import pixels
 
 
+class BrokenCertificate(RuntimeError):  # noqa: N818 - the name says what happened
+    """An attack changed a prediction within its certified radius: a defect of this project.
+
+    Attributes:
+        content: the image's index, the image and the point that it was moved to as float64
+            tensors, the radius, and the prediction.
+    """
+
+    def __init__(self, index: int, image: Tensor, point: Tensor, radius: float, label: int) -> None:
+        distance = (point - image).norm().item()
+        super().__init__(
+            f"image {index} is predicted as another class at distance {distance:.9g}, within its "
+            f"certified radius {radius:.9g}: please report this"
+        )
+        self.content = {
+            "index": index,
+            "image": image.cpu(),
+            "point": point.cpu(),
+            "radius": radius,
+            "prediction": label,
+        }
+
+
 @dataclass(frozen=True)
 class Attacked:
     """What attacks found.
@@ -19,13 +42,10 @@ class Attacked:
     Attributes:
         distance: ``(N,)`` at which another class was seen, or infinity.
         withstood: for each budget, ``(N,)`` whether no attack within it succeeded.
-        broken: images whose prediction was changed within their certified radius. Any is a defect
-            of the certificate.
     """
 
     distance: Tensor
     withstood: Mapping[float, Tensor]
-    broken: int
 
     def solved(self, radius: Tensor) -> float:
         """Fraction of images whose radius is within 0.1 % of an attack's distance."""
@@ -39,12 +59,17 @@ class Attacked:
 def attack_all(
     certified: CertifiedModel, images: Tensor, radius: Tensor, epsilons: Sequence[float], size: int
 ) -> Attacked:
-    """Attack every image at its radius and at each budget."""
-    distances, hits = [], []
+    """Attack every image at its radius and at each budget.
+
+    Raises:
+        BrokenCertificate: an attack succeeded within a radius.
+    """
+    distances: list[Tensor] = []
     withstood: dict[float, list[Tensor]] = {epsilon: [] for epsilon in epsilons}
+    done = 0
     for batch, own in zip(images.split(size), radius.split(size), strict=True):
         x, own = pixels(batch), own.to(certified.margin_lipschitz().device)
-        distance = certified.attack(x)
+        distance, nearest = certified.nearest_seen(x)
         for epsilon in epsilons:
             # Where either certificate or attack has decided already nothing is tried.
             still = (own <= epsilon) & (distance > epsilon)
@@ -52,10 +77,15 @@ def attack_all(
             distance = torch.where(hit, distance.clamp_max(epsilon), distance)
             withstood[epsilon].append((distance > epsilon) | (epsilon == 0))
         inside = torch.where(torch.isfinite(own), own, 0.0)
-        hits.append(certified.broken(x, inside) | (distance < own))
+        hit, points = certified.seen_within(x, inside)
+        points = torch.where(hit.reshape(-1, *[1] * (x.ndim - 1)), points, nearest)
+        for place in torch.nonzero(hit | (distance < own)).flatten().tolist():
+            label = int(certified.logits(x[place : place + 1]).argmax())
+            image = x[place].to(points)
+            raise BrokenCertificate(done + place, image, points[place], own[place].item(), label)
         distances.append(distance)
+        done += len(batch)
     return Attacked(
         torch.cat(distances).cpu(),
         {epsilon: torch.cat(parts).cpu() for epsilon, parts in withstood.items()},
-        int(torch.cat(hits).sum()),
     )

@@ -306,11 +306,14 @@ class CertifiedModel:
             ``(N,)`` float64, distances at which the prediction was seen to change, or infinity.
             Nothing is proven by them.
         """
+        return self.nearest_seen(x, steps=steps)[0]
+
+    def nearest_seen(self, x: Tensor, *, steps: int = 20) -> tuple[Tensor, Tensor]:
+        """As `attack`, and the points ``(N, *input_shape)`` at these distances."""
         with torch.no_grad():
             logits = self._logits_within(x)
             x = x.to(self._device, torch.float64)
-            found = attack_distances(self._rough_margins, self.logits, x, logits, steps=steps)
-            return found.amin(dim=1)
+            return attack_distances(self._rough_margins, self.logits, x, logits, steps=steps)
 
     def broken(self, x: Tensor, radius: Tensor, *, steps: int = 20) -> Tensor:
         """Try to change predictions within radii ``(N,)``; see `certify.attack.broken`.
@@ -318,6 +321,10 @@ class CertifiedModel:
         Returns:
             ``(N,)`` bool, whether that succeeded.
         """
+        return self.seen_within(x, radius, steps=steps)[0]
+
+    def seen_within(self, x: Tensor, radius: Tensor, *, steps: int = 20) -> tuple[Tensor, Tensor]:
+        """As `broken`, and points ``(N, *input_shape)`` of another class where it succeeded."""
         with torch.no_grad():
             logits = self._logits_within(x)
             x = x.to(self._device, torch.float64)

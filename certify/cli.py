@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ class InputError(click.ClickException):
     """What the user gave cannot be used: one line, exit code 2."""
 
     exit_code = 2
+
+
+class BrokenError(click.ClickException):
+    """A certificate that an attack broke."""
+
+    exit_code = 3
 
 
 @contextmanager
@@ -261,12 +268,14 @@ def evaluate(
         if path and not Path(path).resolve().parent.is_dir():
             raise InputError(f"the folder of {path} does not exist")
     with _one_line_errors():
+        import torch
         from tqdm import tqdm
 
+        from certify.attacked import BrokenCertificate
         from certify.certified_model import CertifiedModel
         from certify.data import load
         from certify.evaluation import evaluate as certify_data
-        from certify.files import write_text
+        from certify.files import write_atomically, write_text
         from certify.norms import proven_norms
         from certify.records import Recorder, check_recordable, record_of, write_record
         from certify.run import choose_device
@@ -311,15 +320,19 @@ def evaluate(
             _, data = data.split(held_out)
         data = data.head(limit)
         with tqdm(total=len(data), unit="image", disable=None, leave=False) as bar:
-            report = certify_data(
-                certified,
-                data,
-                eps,
-                batch_size=batch_size,
-                certificate=certificate,
-                attack=attack,
-                on_batch=bar.update,
-            )
+            try:
+                report = certify_data(
+                    certified,
+                    data,
+                    eps,
+                    batch_size=batch_size,
+                    certificate=certificate,
+                    attack=attack,
+                    on_batch=bar.update,
+                )
+            except BrokenCertificate as found:
+                write_atomically("counterexample.pt", partial(torch.save, found.content))
+                raise BrokenError(f"{found}; it is in counterexample.pt") from found
         click.echo(report.to_table())
         if record_path and recorder is not None:
             where = {"dataset": dataset, "held_out": held_out}

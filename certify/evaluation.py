@@ -141,19 +141,25 @@ class Report:
             summary["attacked_accuracy"] = {repr(e): a for e, a in self.attacked_accuracy.items()}
             summary["solved_exactly"] = self.attack.solved(self.found.radius)
             summary["median_gap"] = finite(self.attack.median_gap(self.found.radius))
-            summary["broken_within_radius"] = self.attack.broken
+            summary["broken_within_radius"] = 0  # or there would be no report
         return json.dumps(summary, indent=2, allow_nan=False) + "\n"
 
     def to_csv(self) -> str:
-        """Return a row per image: ``idx,label,predict,radius,correct``."""
+        """Return a row per image: ``idx,label,predict,radius,correct``.
+
+        After attacks also ``attacked``, the distance at which another class was seen: the radius
+        of that image is between the two.
+        """
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["idx", "label", "predict", "radius", "correct"])
+        more = [] if self.attack is None else [self.attack.distance.tolist()]
+        rows.writerow(["idx", "label", "predict", "radius", "correct"] + ["attacked"] * len(more))
         columns = (self.labels, self.found.prediction, self.found.radius)
-        for index, (label, predict, radius) in enumerate(
-            zip(*(column.tolist() for column in columns), strict=True)
+        for index, (label, predict, radius, *distance) in enumerate(
+            zip(*(column.tolist() for column in columns), *more, strict=True)
         ):
-            rows.writerow([index, label, predict, repr(radius), int(label == predict)])
+            found = [index, label, predict, repr(radius), int(label == predict)]
+            rows.writerow([*found, *map(repr, distance)])
         return text.getvalue()
 
     def to_table(self) -> str:
@@ -196,7 +202,7 @@ class Report:
             rows += [
                 ("solved exactly", _percent(self.attack.solved(radius))),
                 ("median gap to attack", _percent(self.attack.median_gap(radius))),
-                ("broken within radius", f"{self.attack.broken:,}"),
+                ("broken within radius", "0"),
             ]
         rows += [(f"{name} / logits", f"{cost:,.1f} x") for name, cost in self.costs.items()]
         if self.passes is not None:
@@ -225,7 +231,8 @@ def evaluate(
         epsilons: L2 budgets, in units of pixels in [0, 1].
         batch_size: images per forward pass.
         certificate: as in `CertifiedModel.certify`.
-        attack: also attack every image; see `certify.attack`.
+        attack: also attack every image; see `certify.attack`. A radius that it breaks raises
+            `certify.attacked.BrokenCertificate`.
         on_batch: called with the number of images done, after each batch.
 
     Raises:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from certify.checkpoints import load_checkpoint
+from certify import CertifiedModel
+from certify.checkpoints import load_checkpoint, load_model
 from certify.cli import main
 
 WritePng = Callable[[Path, tuple[int, int], int], None]
@@ -514,3 +515,28 @@ def test_what_is_not_known_to_round_is_certified_exactly_and_said_so(
     assert "radii of exact arithmetic: node '0': it is not known how much" in result.output
     assert re.search(r"^arithmetic +exact$", result.output, re.MULTILINE)
     assert_one_line(invoke(*asked, "--precision", "float32"), "it is not known how much")
+
+
+def test_a_broken_certificate_ends_the_run_and_is_saved(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With margins that are believed to change by a thousandth of what they can."""
+    lipschitz = CertifiedModel.margin_lipschitz
+    monkeypatch.setattr(CertifiedModel, "margin_lipschitz", lambda self: 1e-3 * lipschitz(self))
+    monkeypatch.chdir(tmp_path)
+    model = ("--model", run_folder / "ckpt.pt", "--limit", 20, "--precision", "exact")
+    result = invoke("eval", *model, "--attack")
+    assert result.exit_code == 3
+    assert re.fullmatch(
+        r"Error: image \d+ is predicted as another class at distance .*; it is in "
+        r"counterexample.pt\n",
+        result.stderr,
+    )
+    found = torch.load("counterexample.pt", weights_only=True)
+    certified = CertifiedModel(load_model(run_folder / "ckpt.pt"), (1, 28, 28))
+    assert (found["point"] - found["image"]).norm() < found["radius"]
+    logits = certified.logits(torch.stack([found["image"], found["point"]]))
+    assert logits.argmax(dim=1)[0] == found["prediction"]
+    margins = logits[:, found["prediction"], None] - logits
+    others = torch.arange(10) != found["prediction"]
+    assert margins[1, others].min() <= 0 < margins[0, others].min()
