@@ -29,7 +29,6 @@ from certify.signal import Signal, UnsupportedModel
 from certify.smooth_radii import SmoothRadii
 from certify.tightening import NetworkBound, bound_network
 from certify.tracing import refuse_what_tracing_misses
-from ff_bounds.rounding import round_up
 
 
 class CertifiedModel:
@@ -109,7 +108,7 @@ class CertifiedModel:
         self._bound = bound_network(output, method, tighten, prove)
         if self._rounding is not None:  # whatever may be refused is so here
             start = torch.zeros(1, *self.input_shape, dtype=torch.float64, device=self._device)
-            self._allowance(start, start.new_ones(1))
+            self._allowance(start, Certificate(start.new_zeros(1).long(), start.new_ones(1)))
 
     def _norms(self, operators: Sequence[Weighted]) -> Norms:
         """Norms of operators, as far as they are not proven already."""
@@ -226,7 +225,7 @@ class CertifiedModel:
             exact = self._certified(x, logits, certificate, None)
             if self._rounding is None:
                 return exact
-            allowance, farthest = self._allowance(x, exact.radius)
+            allowance, farthest = self._allowance(x, exact)
             found = self._certified(x, logits, certificate, allowance)
             same = found.prediction == exact.prediction
             radius = torch.where(same, torch.minimum(found.radius, farthest), 0.0)
@@ -235,17 +234,16 @@ class CertifiedModel:
     def _certified(
         self, x: Tensor, logits: Tensor, kind: str, allowance: Tensor | None
     ) -> Certificate:
-        """Certify with margins that are smaller by an allowance ``(N,)``.
+        """Certify with margins that are smaller by allowances ``(N, C)``.
 
         Where that leaves none, the certificate may be about another class.
         """
         if kind == "dual":
             return self.smooth.dual(x, logits, allowance=allowance).certificate()
         if allowance is not None:
-            index = logits.argmax(dim=1, keepdim=True)
-            lower = logits.gather(1, index) - allowance[:, None]
-            lower = torch.nextafter(lower, torch.full_like(lower, -torch.inf))
-            logits = logits.scatter(1, index, lower)
+            own = logits.argmax(dim=1, keepdim=True)
+            higher = torch.nextafter(logits + allowance, torch.full_like(logits, torch.inf))
+            logits = higher.scatter(1, own, logits.gather(1, own))
         margins = self.margin_lipschitz()
         if kind == "local":
             return local_certificate(self.local, self.arguments(x), logits, margins)
@@ -254,19 +252,16 @@ class CertifiedModel:
             return plain
         return largest_of([self.smooth.by_curvature(x, logits), plain])[0]
 
-    def _allowance(self, x: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        """By how much rounding can change a margin within a radius, and that radius.
+    def _allowance(self, x: Tensor, exact: Certificate) -> tuple[Tensor, Tensor]:
+        """By how much rounding can change margins ``(N, C)`` within a radius, and that radius.
 
-        A difference of two logits is off by the root of two times the error of all at most: of the
-        machine's, and of those that were computed here. Radii are limited to what leaves numbers
-        to compute with.
+        Radii are limited to what leaves numbers to compute with.
         """
         assert self._rounding is not None
         assert self.precision is not None
-        farthest = radius.clamp_max(2.0**20)
-        found = self._rounding.bounds(x, farthest, self.precision)
-        allowance = round_up(2.0**0.5 * (found[0] + found[1]), 4)
-        return allowance.nan_to_num(nan=torch.inf, posinf=torch.inf), farthest
+        farthest = exact.radius.clamp_max(2.0**20)
+        found = self._rounding.margin_bounds(x, farthest, self.precision, exact.prediction)
+        return found.nan_to_num(nan=torch.inf, posinf=torch.inf), farthest
 
     def dual(self, x: Tensor, *, steps: int = STEPS, early_exit: bool = True) -> DualResult:
         """Bound the distances to all other classes from both sides; see `certify.dual`.
@@ -286,7 +281,7 @@ class CertifiedModel:
             if self._rounding is None:
                 return exact
             smallest = exact.lower.amin(dim=1)
-            allowance, farthest = self._allowance(x, smallest)
+            allowance, farthest = self._allowance(x, exact.certificate())
             found = self.smooth.dual(
                 x, logits, allowance=allowance, steps=steps, early_exit=early_exit
             )

@@ -157,7 +157,7 @@ def dual_bounds(
         x: ``(N, ...)`` float64.
         logits: ``(N, C)`` at ``x``.
         curvature: ``(C, C)``, see `certify.curvature.curvature_bound`.
-        allowance: ``(N,)``, by how much the margins that count are smaller than these.
+        allowance: ``(N, C)``, by how much the margins that count are smaller than these.
         steps: most forward-backward passes for each class.
         early_exit: stop with a class that cannot have the smallest radius, as what is proven for it
             already is above all that could be proven for another one.
@@ -165,7 +165,7 @@ def dual_bounds(
     """
     prediction = logits.argmax(dim=1)
     top = logits.gather(1, prediction[:, None])
-    less = torch.zeros_like(top) if allowance is None else allowance[:, None]
+    less = torch.zeros_like(logits) if allowance is None else allowance
     lower = torch.where(top - less > logits, 0.0, -torch.inf).to(logits)
     lower.scatter_(1, prediction[:, None], torch.inf)
     upper = torch.full_like(lower, torch.inf)
@@ -173,7 +173,7 @@ def dual_bounds(
     sample, other = torch.nonzero(lower == 0.0, as_tuple=True)
     lower.clamp_(min=0.0)
     state = Iteration.start(x, sample, prediction[sample], other, curvature)
-    state.allowance = less[sample, 0]
+    state.allowance = less[sample, other]
     passes = 0
     for _ in range(steps):
         if not len(state.sample):

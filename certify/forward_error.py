@@ -31,10 +31,10 @@ from torch.utils import _pytree as pytree
 from certify.bounding import Bounding, Norms
 from certify.graph import LipschitzGraph, Operation
 from certify.joining import times
-from certify.operators import Weighted
+from certify.operators import Matrix, Weighted
 from certify.precision import PRECISIONS, Precision
 from certify.rules.rounding import Call, norms_of, sum_of
-from certify.signal import Lipschitz, Product, Signal, UnknownRounding, Wrapping
+from certify.signal import Affine, Lipschitz, Product, Signal, UnknownRounding, Wrapping
 from ff_bounds.rounding import product_bound, round_up, sum_bound
 
 
@@ -102,12 +102,47 @@ class ForwardError:
             ``(N,)`` each: of the machine's logits at such inputs, and of those of the float64 pass
             at ``x``.
         """
+        here, there = self._walked(x, radius, precision)
+        return there.carried[self.output], here.carried[self.output]
+
+    def margin_bounds(
+        self, x: Tensor, radius: Tensor, precision: Precision, classes: Tensor
+    ) -> Tensor:
+        """Bound the errors of the differences of logits.
+
+        Where the last operation is a matrix with rows ``w_i``, an error ``e`` of the features and
+        one ``d`` of the matrix product itself move the difference of two logits by at most
+        ``|w_i - w_j| e + sqrt(2) d``; elsewhere by the root of two times the error of the logits.
+
+        Args:
+            x: as for `bounds`, and so are the next two.
+            radius: of the balls.
+            precision: of the machine.
+            classes: ``(N,)``.
+
+        Returns:
+            ``(N, C)``, for ``logit[class] - logit[j]``, of the machine's logits and those of the
+            float64 pass together.
+        """
+        step, count = self.output.step, self.output.shape[1]
+        walks = self._walked(x, radius, precision)
+        if not (isinstance(step, Affine) and isinstance(step.operator, Matrix)):
+            total = sum_of([walk.carried[self.output] for walk in walks])
+            return round_up(2.0**0.5 * total, 3)[:, None].expand(-1, count)
+        source = self.output.parents[0]
+        features = sum_of([self.carry(source, dict(w.carried), w.sizes) for w in walks])
+        local = sum_of([walk.added[self.output] for walk in walks])
+        pairs = product_bound(step.operator.row_difference_bound()[classes], features[:, None])
+        return round_up(pairs + 2.0**0.5 * local[:, None], 5)
+
+    def _walked(self, x: Tensor, radius: Tensor, precision: Precision) -> tuple[_Walk, _Walk]:
+        """Walk at the samples, and in the balls around them."""
         here = _Walk(self, self._graph, PRECISIONS["float64"], torch.zeros_like(radius), None)
         there = _Walk(self, self._graph, precision, radius, here.errors)
         with torch.no_grad():
             here.run(x.clone())
             there.run(x.clone())
-        return there.carried[self.output], here.carried[self.output]
+        return here, there
 
     def constant(self, place: tuple[fx.Node, int], signal: Signal, among: set[Signal]) -> Tensor:
         """Lipschitz constant of an operation's result as a function of all that enters."""
@@ -172,9 +207,10 @@ class _Walk(fx.Interpreter):
         self._radius = radius
         self._exact = exact
         self._fixed = {n for n in graph.graph.nodes if n not in owner.operations}
-        self._sizes: dict[Signal, Tensor] = {}
+        self.sizes: dict[Signal, Tensor] = {}
         self._entries: dict[Signal, int] = {}
         self.carried: dict[Signal, Tensor] = {}
+        self.added: dict[Signal, Tensor] = {}
         self.errors: dict[tuple[fx.Node, int], Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -197,7 +233,7 @@ class _Walk(fx.Interpreter):
                     arguments,
                     options,
                     signal,
-                    sum_of([self._sizes[source] for source in operation.sources]),
+                    sum_of([self.sizes[source] for source in operation.sources]),
                     size,
                     self._constant((n, place), operation, signal),
                     (sum(entries.values()), count),
@@ -231,7 +267,7 @@ class _Walk(fx.Interpreter):
     def _note(self, place: tuple[fx.Node, int], operation: Operation, call: Call) -> None:
         """Bound the error and the size of a result."""
         owner, signal, size = self._owner, call.signal, call.leaving
-        before = owner.carry(signal, dict(self.carried), self._sizes)
+        before = owner.carry(signal, dict(self.carried), self.sizes)
         if self._exact is None:
             # What is computed is known, and the exact result by the rule itself, as that grows by
             # at most half of what `leaving` does.
@@ -245,12 +281,13 @@ class _Walk(fx.Interpreter):
         most = call.entering * (1.0 + math.sqrt(call.entries[0])) + leaving + local
         local = torch.where(most < self._precision.largest / 8.0, local, torch.inf)
         error = sum_bound(before, local)
+        self.added[signal] = sum_bound(self.added[signal], local) if signal in self.added else local
         self._keep(place, signal, error, sum_bound(size, error))
 
     def _keep(
         self, place: tuple[fx.Node, int], signal: Signal, error: Tensor, size: Tensor
     ) -> None:
         """Several nodes may stand for one signal, as where a constant is added: the largest."""
-        for known, new in ((self.carried, error), (self._sizes, size)):
+        for known, new in ((self.carried, error), (self.sizes, size)):
             known[signal] = torch.maximum(known[signal], new) if signal in known else new
         self.errors[place] = self.carried[signal]
