@@ -98,7 +98,7 @@ def main(folders: tuple[Path, ...], eps: tuple[float, ...], attack: int, certifi
     for folder in folders:
         kept = folder / "accuracy.json"
         digest = hashlib.sha256((folder / "ckpt.pt").read_bytes()).hexdigest()
-        asked = {"eps": list(eps), "attack": attack, "asked": certificate, "checkpoint": digest}
+        asked = {"eps": list(eps), "tried": attack, "asked": certificate, "checkpoint": digest}
         found = json.loads(kept.read_text()) if kept.exists() else {}
         if {name: found.get(name) for name in asked} != asked:
             found = {**measure(folder, eps, attack, certificate), **asked}
