@@ -18,10 +18,10 @@ from certify.certified_model import CertifiedModel
 from certify.data import ImageData
 from certify.evaluation import Report
 from certify.files import write_text
+from certify.grid_proofs import norm_at_most
 from certify.norms import proven_norms
 from certify.operators import Convolution, Matrix, Weighted
 from ff_bounds import supremum_bracket
-from ff_bounds.rounding import round_up
 
 FORMAT = "certify certificate 1"
 
@@ -45,28 +45,36 @@ class Recorder:
     ) -> Norms:
         """See `certify.norms.Prove`."""
         norms = proven_norms(operators, method, any_size=any_size)
-        found = {operator: norms(operator) for operator in operators}
-        for operator in found:
-            if isinstance(operator, Matrix):  # what the error of an SVD can be
-                found[operator] = round_up(found[operator] * (1.0 + 2.0**-33), 1)
-        self.layers += [_entry(operator, found[operator], method) for operator in operators]
+        found = {}
+        for operator in operators:
+            entry, found[operator] = _entry(operator, norms(operator), method)
+            self.layers.append(entry)
         return found.__getitem__
 
 
-def _entry(operator: Weighted, bound: Tensor, method: str) -> dict[str, Any]:
-    """A bound with its witness: where the symbol reaches how much."""
+_SPARE = (2.0**-33, 3e-4, 1e-3, 1e-2)
+"""What a bound is raised by, over what is reached at least, for the grid to have room."""
+
+
+def _entry(operator: Weighted, bound: Tensor, method: str) -> tuple[dict[str, Any], Tensor]:
+    """A bound with its witness, where the symbol reaches how much; raised until it is checked."""
     found: dict[str, Any] = {
         "kind": type(operator).__name__.lower(),
         "shape": list(operator.weight.shape),
         "method": method,
-        "bound": bound.item(),
     }
-    if isinstance(operator, Convolution) and method == "supremum":
+    reached = bound.item()
+    if isinstance(operator, Convolution):
         bracket = supremum_bracket(operator.exact_kernel())
-        found["reached"] = bracket.lower.item() * operator.gain()
+        reached = bracket.lower.item() * operator.gain()
+        found["reached"] = reached
         found["frequency"] = bracket.frequency.tolist()
         found["group"] = bracket.group
-    return found
+    for spare in _SPARE if isinstance(operator, Matrix) else _SPARE[1:]:
+        raised = max(bound.item(), reached * (1.0 + spare))
+        if norm_at_most(operator, raised):
+            return {**found, "bound": raised}, torch.full_like(bound, raised)
+    raise RecordError(f"the bound of {found['kind']} {found['shape']} cannot be proven again")
 
 
 _RECORDED = ("fantastic_four", "tensor_norm", "gram_iteration", "supremum")
