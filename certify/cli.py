@@ -288,11 +288,12 @@ def evaluate(
         images = "test images" if held_out is None else f"last {held_out:,} training images"
         click.echo(f"certifying {network.description} on the {images} of {dataset}")
         chosen_method = method or network.method or "fantastic_four"
-        recorder = Recorder() if record_path else None
-        if recorder is not None:
+        if record_path:
             check_recordable(chosen_method, tighten, certificate)
+        recorder = Recorder()
 
         def certified_in(arithmetic: str | None) -> CertifiedModel:
+            recorder.layers.clear()
             return CertifiedModel(
                 network.model.to(choose_device(device)),
                 network.input_shape,
@@ -300,7 +301,7 @@ def evaluate(
                 tighten=tighten,
                 domain=domain,
                 precision=arithmetic,
-                prove=recorder or proven_norms,
+                prove=recorder if record_path else proven_norms,
             )
 
         try:
@@ -334,7 +335,7 @@ def evaluate(
                 write_atomically("counterexample.pt", partial(torch.save, found.content))
                 raise BrokenError(f"{found}; it is in counterexample.pt") from found
         click.echo(report.to_table())
-        if record_path and recorder is not None:
+        if record_path:
             where = {"dataset": dataset, "held_out": held_out}
             record = record_of(certified, recorder, report, data, where, network.description)
             write_record(record_path, record)
@@ -381,8 +382,10 @@ def verify(
         if domain is not None:
             raise InputError("the certificate says what domain it is about: leave --domain out")
         named = record.get("data")
-        held_out = named.get("held_out") if isinstance(named, dict) else None
-        dataset = dataset or (str(named.get("dataset")) if isinstance(named, dict) else "")
+        named = named if isinstance(named, dict) else {}
+        held_out = named.get("held_out")
+        held_out = held_out if type(held_out) is int else None
+        dataset = dataset or str(named.get("dataset"))
         network = _load(dataset, **which)
         data = load(
             dataset,
@@ -391,7 +394,7 @@ def verify(
             download=download,
         )
         if held_out is not None:
-            _, data = data.split(int(held_out))
+            _, data = data.split(held_out)
         layers = record.get("layers")
         total = len(layers) if isinstance(layers, list) else 0
         with tqdm(total=total, unit="bound", disable=None, leave=False) as bar:

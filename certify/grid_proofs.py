@@ -1,17 +1,16 @@
-r"""Proofs of norms by LAPACK: on grids of frequencies, where others search.
+r"""Proofs of norms by factorisations on a grid of frequencies, refined where it must be.
 
-A matrix is given to LAPACK's SVD, with its error, and a convolution to a grid of frequencies:
-
-    ``||K(w)|| <= max over the grid ||K(w_j)|| prod_i 1 / cos(pi (T_i - 1) / (2 N_i))``
-
-for ``T_i`` taps and ``N_i`` frequencies along axis ``i`` (Ehlich & Zeller 1964; Pfister & Bresler
-2018 for the product). On each frequency a Cholesky factorisation of ``s^2 I - K K^H`` proves that
-the norm is at most ``s``: where LAPACK's succeeds, no eigenvalue is below ``-gamma_{n+1}`` times
-the trace (Rump 2006). The grid is made finer until what a bound leaves to spare covers the factor.
+Let ``w*`` be where ``||K(w)||`` is largest, in a cell around ``c`` in which
+``t = sum_j (T_j - 1) / 2 |w_j - c_j| < pi / 2`` for ``T_j`` taps along axis ``j``. Then
+``||K(w*)|| <= ||K(c)|| / cos t`` (Duffin & Schaeffer 1938). So a bound ``U`` is proven if cells
+cover all frequencies, half of them as ``K(-w)`` is the conjugate of ``K(w)``, and
+``||K(c)|| <= U cos t`` in each; a cell where that fails is split. With ``s = U cos t`` a Cholesky
+factorisation of ``s^2 I - K K^H`` proves it: where LAPACK's succeeds, no eigenvalue is below
+``-gamma_{n+1}`` times the trace (Rump 2006). A matrix has one frequency.
 
 References:
-    H. Ehlich, K. Zeller, Schwankung von Polynomen zwischen Gitterpunkten, Math. Zeitschrift 86
-    (1964).
+    R. J. Duffin, A. C. Schaeffer, Some properties of functions of exponential type, Bulletin of
+    the AMS 44 (1938).
     S. M. Rump, Verification of positive definiteness, BIT 46 (2006).
 """
 
@@ -19,112 +18,148 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from certify.operators import Convolution, Matrix, Weighted
+from certify.operators import Convolution, Weighted
 
-_FINEST = 2**20
-"""Most frequencies of a grid, in all axes together."""
+MOST = 40_000
+"""Factorisations for one bound, beyond which nothing is proven."""
 
 _UNIT = 2.0**-53
-_CHUNK = 2**22  # entries of the matrices that are factorised together
-
-Complex = npt.NDArray[np.complex128]
-
-
-def matrix_norm_at_most(matrix: npt.NDArray[np.float64], bound: float) -> bool:
-    """Whether LAPACK's SVD proves that a norm is at most ``bound``.
-
-    Its largest singular value is off by ``p u`` relative with a polynomial ``p`` of low degree in
-    the sizes, for which ``4 max(m, n) + 100`` is generous.
-    """
-    largest = np.abs(matrix).max(initial=0.0)
-    if largest == 0.0:
-        return bound >= 0.0
-    norm = float(np.linalg.svd(matrix / largest, compute_uv=False)[0]) * largest
-    return bool(norm * (1.0 + (4 * max(matrix.shape) + 100) * _UNIT) <= bound)
+_CHUNK = 2**21  # entries of the matrices that are factorised together
+_SMALLEST = 2.0**-900  # nothing is proven about bounds below
 
 
-def lattice_norm_at_most(kernel: npt.NDArray[np.float64], bound: float) -> bool:
-    """Whether a grid proves that the norm on the infinite lattice is at most ``bound``.
+def lattice_norm_at_most(kernel: Tensor, bound: float, most: int = MOST) -> bool:
+    """Whether it is proven that the norm on the infinite lattice is at most ``bound``.
 
     Args:
-        kernel: ``(groups, m, n, *taps)``.
+        kernel: ``(groups, m, n, *taps)`` float64; a matrix is ``(1, m, n)``.
         bound: what is claimed.
+        most: factorisations that may be tried.
     """
-    largest = float(np.abs(kernel).max(initial=0.0))
+    kernel = kernel.detach().to("cpu", torch.float64)
+    largest = kernel.abs().amax().item() if kernel.numel() else 0.0
     if largest == 0.0:
         return bound >= 0.0
-    kernel, bound = kernel / largest, bound / largest * (1.0 - 4.0 * _UNIT)
-    taps = kernel.shape[3:]
-    for fineness in itertools.count(3):
-        sizes = [1 if count == 1 else 2**fineness * (count - 1) for count in taps]
-        if math.prod(sizes) > _FINEST:
-            return False
-        factor = 1.0
-        for count, size in zip(taps, sizes, strict=True):
-            if count > 1:
-                factor /= math.cos(math.pi * (count - 1) / (2.0 * size)) - 1e-15
-        limit = bound / factor * (1.0 - 1e-13)
-        if all(_all_below(group, sizes, limit) for group in kernel):
-            return True
-        if not all(_all_below(group, sizes, bound) for group in kernel):
-            return False  # it is exceeded on the grid itself, or by less than rounding is
-    raise AssertionError
-
-
-def _all_below(kernel: npt.NDArray[np.float64], sizes: Sequence[int], limit: float) -> bool:
-    """Whether the norms at all frequencies of a grid are proven to be below a limit."""
-    if kernel.shape[0] > kernel.shape[1]:
-        kernel = kernel.swapaxes(0, 1)
-    rows, columns, *taps = kernel.shape
-    flat = kernel.reshape(rows * columns, -1)
-    # A computed symbol is off by gamma_k sum |K_t| in each entry; a phase by some thirty roundings.
-    size = float(np.linalg.norm(np.abs(flat).sum(axis=1)))
-    symbol_error = 2.0 * (flat.shape[1] + 64) * _UNIT * size
-    shift = limit - symbol_error
-    if not shift > 0:
+    if not (_SMALLEST < bound < math.inf and largest > _SMALLEST):
         return False
-    identity = np.eye(rows)
-    for phases in _phases(taps, sizes, max(1, _CHUNK // (rows * columns))):
-        symbols = (flat @ phases).T.reshape(-1, rows, columns)
-        gram = symbols @ symbols.conj().swapaxes(1, 2)
-        trace = float(np.abs(np.einsum("kii->ki", gram)).sum(axis=1).max())
-        slack = 4.0 * (columns + rows + 8) * _UNIT * (trace + rows * shift**2)
-        try:
-            np.linalg.cholesky((shift**2 - slack) * identity - gram)
-        except np.linalg.LinAlgError:
+    scale = 2.0 ** -math.frexp(largest)[1]  # a power of two: exact
+    limit = bound * scale
+    if not limit < 2.0**100:  # far above any norm of entries up to one
+        return kernel.numel() < 2.0**90
+    for group in kernel * scale:
+        tried = _tried(group, limit, most)
+        if tried is None:
             return False
+        most -= tried
     return True
 
 
-def _phases(taps: Sequence[int], sizes: Sequence[int], chunk: int) -> Iterator[Complex]:
-    """``exp(-2 pi i f.t)``, ``(taps, frequencies)``, for one of each two conjugate frequencies."""
-    grids = np.meshgrid(*(np.arange(count) for count in taps), indexing="ij")
-    places = np.stack(grids, axis=-1).reshape(-1, len(taps))
-    counts = [size // 2 + 1 if axis == 0 else size for axis, size in enumerate(sizes)]
-    total = math.prod(counts)
-    for start in range(0, total, chunk):
-        index = np.unravel_index(np.arange(start, min(total, start + chunk)), counts)
-        turns = np.zeros((len(places), len(index[0])))
-        for axis, size in enumerate(sizes):
-            turns += (places[:, axis, None] * index[axis][None] % size) / size
-        yield np.exp(-2j * math.pi * turns)
+def _tried(kernel: Tensor, limit: float, most: int) -> int | None:
+    """Prove the bound of one group; return how many factorisations it took, or ``None``."""
+    if kernel.shape[0] > kernel.shape[1]:
+        kernel = kernel.transpose(0, 1)
+    taps = kernel.shape[2:]
+    degrees = torch.tensor([(count - 1) / 2.0 for count in taps], dtype=torch.float64)
+    centres, half = _first(tuple(taps))
+    tried, most = 0, max(most, 4 * len(centres))
+    while len(centres):
+        tried += len(centres)
+        if tried > most:
+            return None
+        # Centres are off by a few roundings of numbers up to seven.
+        angle = float((degrees * half).sum()) * (1.0 + 1e-12) + 1e-13 * float(degrees.sum())
+        target = limit * math.cos(angle) * (1.0 - 1e-14) if angle < 1.5 else 0.0
+        centres = centres[~_below(kernel, centres, target)]
+        if not bool((half > 1e-9).any()):
+            return None if len(centres) else tried
+        centres, half = _split(centres, half)
+    return tried
 
 
-def norm_at_most(operator: Weighted, bound: float) -> bool:
+def _first(taps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Centres ``(cells, d)`` of cells that cover half of all frequencies, and half their sizes."""
+    axes, half = [], []
+    for axis, count in enumerate(taps):
+        cells = 1 if count == 1 else 8 * (count - 1)
+        length = 2.0 * math.pi if axis else math.pi  # of the first axis a half
+        size = length / cells
+        axes.append(torch.arange(cells, dtype=torch.float64) * size + size / 2.0)
+        half.append(0.0 if count == 1 else size / 2.0)
+    if not taps:
+        return torch.zeros(1, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+    centres = torch.cartesian_prod(*axes).reshape(-1, len(taps))
+    return centres, torch.tensor(half, dtype=torch.float64)
+
+
+def _split(centres: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+    """Halve cells along all axes that they extend along."""
+    signs = [(-0.5, 0.5) if size > 0 else (0.0,) for size in half.tolist()]
+    offsets = torch.tensor(list(itertools.product(*signs)), dtype=torch.float64) * half
+    return (centres[:, None] + offsets).flatten(0, 1), half / 2.0
+
+
+def _below(kernel: Tensor, centres: Tensor, limit: float) -> Tensor:
+    """Whether the norms at frequencies are proven to be below a limit, ``(cells,)``.
+
+    A computed entry of the symbol is off by ``gamma_k sum_t |K_t|``, with some sixty roundings in
+    a phase; one of the Gram matrix by ``gamma_n`` times the norms of its rows, which add up to the
+    trace.
+    """
+    rows, columns = kernel.shape[:2]
+    flat = kernel.reshape(rows * columns, -1)
+    size = torch.linalg.vector_norm(flat.abs().sum(dim=1)).item()
+    shift = limit - 2.0 * (flat.shape[1] + 80) * _UNIT * size
+    if not 0.0 < shift < math.inf:
+        return torch.zeros(len(centres), dtype=torch.bool)
+    identity = torch.eye(rows, dtype=torch.complex128)
+    places = _places(tuple(kernel.shape[2:]))
+    found = []
+    for part in centres.split(max(1, _CHUNK // max(rows * columns, len(places)))):
+        phases = torch.exp(-1j * (part @ places.mT)) if places.shape[1] else part.new_ones(1, 1)
+        symbols = (phases.to(torch.complex128) @ flat.mT.to(torch.complex128)).reshape(
+            -1, rows, columns
+        )
+        gram = symbols @ symbols.mH
+        trace = gram.diagonal(dim1=1, dim2=2).real.sum(dim=1)
+        slack = 8.0 * (columns + rows + 8) * _UNIT * (trace + rows * shift**2)
+        matrices = (shift**2 - slack)[:, None, None] * identity - gram
+        factors, failed = torch.linalg.cholesky_ex(matrices)
+        finite = torch.view_as_real(factors.diagonal(dim1=1, dim2=2)).isfinite().flatten(1).all(1)
+        found.append((failed == 0) & finite & (slack < shift**2))
+    return torch.cat(found)
+
+
+def _places(taps: tuple[int, ...]) -> Tensor:
+    """Places of the taps, ``(taps, d)``."""
+    grids = [torch.arange(count, dtype=torch.float64) for count in taps]
+    if not grids:
+        return torch.zeros(1, 0, dtype=torch.float64)
+    return torch.cartesian_prod(*grids).reshape(-1, len(taps))
+
+
+def norm_at_most(operator: Weighted, bound: float, most: int = MOST) -> bool:
     """Whether a bound of an operator's norm is proven by the means of this module.
 
     A bound that a finite input makes smaller than that on the lattice is not.
     """
     error = operator.norm_error().item()
-    if isinstance(operator, Matrix):
-        matrix = operator.effective_weight().detach().cpu().double().numpy()
-        return matrix_norm_at_most(matrix, (bound - error) * (1.0 - 4.0 * _UNIT))
-    assert isinstance(operator, Convolution)
+    if not isinstance(operator, Convolution):
+        matrix = operator.effective_weight()[None]
+        return lattice_norm_at_most(matrix, (bound - error) * (1.0 - 4.0 * _UNIT), most)
     gain = operator.gain() * (1.0 + 4.0 * _UNIT)
-    kernel = operator.exact_kernel().detach().cpu().double().numpy()
-    return lattice_norm_at_most(kernel, (bound / gain - error) * (1.0 - 8.0 * _UNIT))
+    claimed = (bound / gain - error) * (1.0 - 8.0 * _UNIT)
+    return lattice_norm_at_most(operator.exact_kernel(), claimed, most)
+
+
+def symbol_norm(kernel: Tensor, frequency: Sequence[float]) -> float:
+    """Norm of one group's symbol at a frequency, by an SVD; nothing is proven by it."""
+    angles = torch.tensor(frequency, dtype=torch.float64)
+    phases = torch.exp(-1j * (_places(tuple(kernel.shape[2:])) @ angles))
+    symbol = (kernel.detach().cpu().double().flatten(2) * phases).sum(dim=2)
+    norm: float = torch.linalg.matrix_norm(symbol, ord=2).item()
+    return norm

@@ -18,9 +18,9 @@ from certify.certified_model import CertifiedModel
 from certify.data import ImageData
 from certify.evaluation import Report
 from certify.files import write_text
-from certify.grid_proofs import norm_at_most
+from certify.grid_proofs import MOST, norm_at_most, symbol_norm
 from certify.norms import proven_norms
-from certify.operators import Convolution, Matrix, Weighted
+from certify.operators import Convolution, Weighted
 from ff_bounds import supremum_bracket
 
 FORMAT = "certify certificate 1"
@@ -52,12 +52,12 @@ class Recorder:
         return found.__getitem__
 
 
-_SPARE = (2.0**-33, 3e-4, 1e-3, 1e-2)
-"""What a bound is raised by, over what is reached at least, for the grid to have room."""
+_SPARE = (1e-9, 1e-6, 1e-4, 1e-3, 1e-2)
+"""What a bound is raised by, over what is reached, until `certify.grid_proofs` proves it."""
 
 
 def _entry(operator: Weighted, bound: Tensor, method: str) -> tuple[dict[str, Any], Tensor]:
-    """A bound with its witness, where the symbol reaches how much; raised until it is checked."""
+    """A bound with its witness, where the symbol reaches how much."""
     found: dict[str, Any] = {
         "kind": type(operator).__name__.lower(),
         "shape": list(operator.weight.shape),
@@ -65,14 +65,14 @@ def _entry(operator: Weighted, bound: Tensor, method: str) -> tuple[dict[str, An
     }
     reached = bound.item()
     if isinstance(operator, Convolution):
-        bracket = supremum_bracket(operator.exact_kernel())
-        reached = bracket.lower.item() * operator.gain()
-        found["reached"] = reached
-        found["frequency"] = bracket.frequency.tolist()
-        found["group"] = bracket.group
-    for spare in _SPARE if isinstance(operator, Matrix) else _SPARE[1:]:
+        kernel = operator.exact_kernel()
+        bracket = supremum_bracket(kernel)
+        frequency = bracket.frequency.tolist()
+        reached = symbol_norm(kernel[bracket.group], frequency) * operator.gain()
+        found |= {"group": bracket.group, "frequency": frequency, "reached": reached}
+    for spare in _SPARE:
         raised = max(bound.item(), reached * (1.0 + spare))
-        if norm_at_most(operator, raised):
+        if norm_at_most(operator, raised, MOST if spare == _SPARE[-1] else MOST // 4):
             return {**found, "bound": raised}, torch.full_like(bound, raised)
     raise RecordError(f"the bound of {found['kind']} {found['shape']} cannot be proven again")
 
@@ -112,6 +112,9 @@ def record_of(
         described: the model, for people.
     """
     precision = certified.precision
+    # What another machine may compute in float64 is off by less than this from what this one does.
+    radii = (report.found.radius * (1.0 - 1e-6) - 1e-9).clamp_min(0.0)
+    margins = certified.margin_lipschitz() * (1.0 + 1e-12)
     return {
         "model": {"sha256": hash_of_model(certified.model), "described": described},
         "input_shape": list(certified.input_shape),
@@ -125,10 +128,10 @@ def record_of(
         "domain": None if certified.domain is None else list(certified.domain),
         "precision": None if precision is None else precision.name,
         "layers": recorder.layers,
-        "lipschitz": report.lipschitz,
-        "margin_lipschitz": certified.margin_lipschitz().tolist(),
+        "lipschitz": report.lipschitz * (1.0 + 1e-12),
+        "margin_lipschitz": margins.tolist(),
         "predictions": report.found.prediction.tolist(),
-        "radii": report.found.radius.tolist(),
+        "radii": radii.clamp_max(1e300).tolist(),
         "versions": versions(),
     }
 
@@ -136,7 +139,8 @@ def record_of(
 def hash_of_model(model: nn.Module) -> str:
     """SHA-256 of the names, shapes and values of all parameters and buffers, as float64."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes(tensor.to(torch.float64) if tensor.is_floating_point() else tensor))
     return digest.hexdigest()
@@ -179,7 +183,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"cannot read the certificate {path}: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise RecordError(f"{path} is not a certificate of this project")

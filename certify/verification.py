@@ -1,25 +1,130 @@
 """Proving the bounds of a certificate again, by other means than those that found them.
 
 Norms were proven by branch and bound over frequencies and by certified eigenvalues; here they are
-by `certify.grid_proofs`. What follows from them, the constants of margins and the radii, is derived
-anew.
+by `certify.grid_proofs`, which shares no code with that. What follows from them, the constants of
+margins and the radii, is derived anew by the rules of this project.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor, nn
 
 from certify.bounding import Norms
 from certify.certified_model import CertifiedModel, exact_copy
 from certify.data import ImageData, pixels
-from certify.grid_proofs import norm_at_most
+from certify.grid_proofs import norm_at_most, symbol_norm
 from certify.operators import Convolution, Weighted
-from certify.records import RecordError, hash_of_images, hash_of_model
+from certify.precision import PRECISIONS
+from certify.records import RecordError, check_recordable, hash_of_images, hash_of_model
+
+_KEYS = {
+    "format", "sha256", "model", "input_shape", "data", "images", "method", "tighten", "domain",
+    "precision", "layers", "lipschitz", "margin_lipschitz", "predictions", "radii", "versions",
+}  # fmt: skip
+_LAYER = {"kind", "shape", "method", "bound"}
+_WITNESS = {"group", "frequency", "reached"}
+
+
+@dataclass(frozen=True)
+class _Claims:
+    """What a certificate claims, with everything of the type that it must have."""
+
+    model: str
+    input_shape: tuple[int, ...]
+    images: str
+    indices: Tensor
+    method: str
+    tighten: str
+    domain: tuple[float, ...] | None
+    precision: str | None
+    layers: list[dict[str, Any]]
+    lipschitz: float
+    margins: Tensor
+    predictions: Tensor
+    radii: Tensor
+
+
+def _claims(record: dict[str, Any]) -> _Claims:
+    """Check the form of a certificate.
+
+    Raises:
+        RecordError: anything that is not as `certify.records.record_of` writes it.
+    """
+    _expect(set(record) == _KEYS, "its entries")
+    for name, keys in (("model", {"sha256", "described"}), ("images", {"indices", "sha256"})):
+        _expect(isinstance(record[name], dict) and set(record[name]) == keys, name)
+    indices = _list(record["images"]["indices"], int, "indices")
+    count, low = len(indices), -1
+    for index in indices:
+        _expect(low < index < 2**40, "indices, which have to ascend")
+        low = index
+    shape = _list(record["input_shape"], int, "input_shape")
+    domain = record["domain"]
+    if domain is not None:
+        domain = tuple(_list(domain, float, "domain"))
+        _expect(len(domain) == 2 and -math.inf < domain[0] < domain[1] < math.inf, "domain")
+    texts = {name: record[name] for name in ("method", "tighten")}
+    texts |= {name: record[name]["sha256"] for name in ("model", "images")}
+    _expect(all(isinstance(text, str) for text in texts.values()), "texts")
+    check_recordable(texts["method"], texts["tighten"], "lipschitz")
+    precision = record["precision"]
+    _expect(precision is None or precision in list(PRECISIONS), "precision")
+    layers = _list(record["layers"], dict, "layers")
+    for layer in layers:
+        keys = _LAYER | (_WITNESS if layer.get("kind") == "convolution" else set())
+        _expect(set(layer) == keys and layer["method"] == texts["method"], "layers")
+        _list(layer["shape"], int, "a layer's shape")
+        _number(layer["bound"], "a layer's bound")
+        if layer["kind"] == "convolution":
+            _number(layer["reached"], "a layer's gain")
+            _list(layer["frequency"], float, "a layer's frequency")
+            _expect(type(layer["group"]) is int, "a layer's group")
+    rows = _list(record["margin_lipschitz"], list, "margin_lipschitz")
+    margins = [_list(row, float, "margin_lipschitz") for row in rows]
+    _expect(all(len(row) == len(rows) for row in margins), "margin_lipschitz")
+    radii = _list(record["radii"], float, "radii")
+    predictions = _list(record["predictions"], int, "predictions")
+    _expect(len(radii) == len(predictions) == count > 0, "a radius for each image")
+    _expect(all(0.0 <= radius < math.inf for radius in radii), "radii")
+    _expect(all(0 <= prediction < len(rows) for prediction in predictions), "predictions")
+    return _Claims(
+        texts["model"],
+        tuple(shape),
+        texts["images"],
+        torch.tensor(indices, dtype=torch.int64),
+        texts["method"],
+        texts["tighten"],
+        domain,
+        precision,
+        layers,
+        _number(record["lipschitz"], "lipschitz"),
+        torch.tensor(margins, dtype=torch.float64).reshape(len(rows), len(rows)),
+        torch.tensor(predictions, dtype=torch.int64),
+        torch.tensor(radii, dtype=torch.float64),
+    )
+
+
+def _expect(condition: bool, what: str) -> None:
+    if not condition:
+        raise RecordError(f"the certificate is not as one is written: {what}")
+
+
+def _list(value: Any, kind: type, name: str) -> list[Any]:
+    _expect(isinstance(value, list) and all(type(entry) is kind for entry in value), name)
+    found: list[Any] = value
+    return found
+
+
+def _number(value: Any, name: str) -> float:
+    _expect(type(value) is float and 0.0 <= value < math.inf, name)
+    found: float = value
+    return found
 
 
 class Verifier:
@@ -47,15 +152,15 @@ class Verifier:
                 raise RecordError("the certificate has fewer bounds than the network needs")
             entry = self._layers[self._place]
             self._place += 1
-            label = f"bound {self._place} ({entry.get('kind')} {entry.get('shape')})"
+            label = f"bound {self._place} ({entry['kind']} {entry['shape']})"
             kind = type(operator).__name__.lower()
-            if (entry.get("kind"), entry.get("shape")) != (kind, list(operator.weight.shape)):
+            if (entry["kind"], entry["shape"]) != (kind, list(operator.weight.shape)):
                 raise RecordError(f"{label} is not of the network's {kind} {operator.weight.shape}")
-            bound = _number(entry, "bound")
+            bound = entry["bound"]
             if not norm_at_most(operator, bound):
                 raise RecordError(f"{label} is not proven: {bound!r}")
-            if isinstance(operator, Convolution) and "reached" in entry:
-                _check_witness(operator, entry, bound, label)
+            if isinstance(operator, Convolution):
+                _check_witness(operator, entry, label)
             like = operator.norm_error()
             found[operator] = torch.full_like(like, bound)
             if self._on_layer is not None:
@@ -68,42 +173,27 @@ class Verifier:
             raise RecordError("the certificate has more bounds than the network needs")
 
 
-def _check_witness(operator: Convolution, entry: dict[str, Any], bound: float, label: str) -> None:
-    """The gain at the frequency that is named, by an SVD."""
-    kernel = operator.exact_kernel().detach().cpu().double().numpy()
-    group, frequency = entry.get("group"), entry.get("frequency")
-    taps = kernel.shape[3:]
-    if not isinstance(group, int) or not 0 <= group < len(kernel):
-        raise RecordError(f"{label} names the group {group!r}")
-    if not isinstance(frequency, list) or len(frequency) != len(taps):
-        raise RecordError(f"{label} names the frequency {frequency!r}")
-    phase: Any = np.ones(())
-    for axis, (count, angle) in enumerate(zip(taps, frequency, strict=True)):
-        shape = [1] * len(taps)
-        shape[axis] = count
-        phase = phase * np.exp(-1j * float(angle) * np.arange(count)).reshape(shape)
-    symbol = (kernel[group] * phase).reshape(*kernel.shape[1:3], -1).sum(axis=2)
-    reached = float(np.linalg.svd(symbol, compute_uv=False)[0]) * operator.gain()
-    claimed = _number(entry, "reached")
-    if not (1.0 - 1e-4) * reached <= claimed <= min(reached * (1.0 + 1e-9), bound):
-        raise RecordError(f"{label} is said to be reached up to {claimed!r}, found {reached!r}")
-
-
-def _number(entry: dict[str, Any], name: str) -> float:
-    value = entry.get(name)
-    if not isinstance(value, float) or not 0.0 <= value < math.inf:
-        raise RecordError(f"expected a number as {name}, got {value!r}")
-    return value
+def _check_witness(operator: Convolution, entry: dict[str, Any], label: str) -> None:
+    """The gain at the frequency that is named."""
+    kernel = operator.exact_kernel()
+    group, frequency = entry["group"], entry["frequency"]
+    if not 0 <= group < len(kernel) or len(frequency) != kernel.ndim - 3:
+        raise RecordError(f"{label} names the group {group} and the frequency {frequency}")
+    reached = symbol_norm(kernel[group], frequency) * operator.gain()
+    if not math.isclose(entry["reached"], reached, rel_tol=1e-9):
+        raise RecordError(f"{label} reaches {reached!r} there, not {entry['reached']!r}")
 
 
 def verify(
     record: dict[str, Any],
-    model: torch.nn.Module,
+    model: nn.Module,
     data: ImageData,
     *,
     on_layer: Callable[[int], None] | None = None,
 ) -> int:
     """Prove a certificate again.
+
+    What is not proven: the names in it (of data set, model, versions).
 
     Args:
         record: as `certify.records.read_record` returns it.
@@ -118,40 +208,59 @@ def verify(
         RecordError: anything does not fit, or could not be proven.
     """
     try:
-        prover = Verifier(record["layers"], on_layer)
-        indices = torch.tensor(record["images"]["indices"], dtype=torch.int64)
-        claimed = torch.tensor(record["radii"], dtype=torch.float64)
-        predictions = torch.tensor(record["predictions"], dtype=torch.int64)
-        margins = torch.tensor(record["margin_lipschitz"], dtype=torch.float64)
-        lipschitz = float(record["lipschitz"])
-        hashes = record["images"]["sha256"], record["model"]["sha256"]
-        shape = tuple(record["input_shape"])
-        settings = {name: record[name] for name in ("method", "tighten", "domain", "precision")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecordError(f"the certificate is not complete: {error}") from error
-    if not len(indices) == len(claimed) == len(predictions):
-        raise RecordError("the certificate has not as many radii and predictions as images")
-    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(data):
+        claims = _claims(record)
+        return _verify(claims, model, data, on_layer)
+    except RecordError:
+        raise
+    except (ValueError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise RecordError(f"the certificate cannot be checked: {error}") from error
+
+
+def _verify(
+    claims: _Claims,
+    model: nn.Module,
+    data: ImageData,
+    on_layer: Callable[[int], None] | None,
+) -> int:
+    if claims.input_shape != tuple(data.input_shape):
+        raise RecordError(f"the certificate is about inputs {claims.input_shape}")
+    if int(claims.indices[-1]) >= len(data):
         raise RecordError(f"the certificate names images that {len(data)} images do not have")
-    images, labels = data.images[indices], data.labels[indices]
-    if hashes[0] != hash_of_images(images, labels):
+    images = data.images[claims.indices]
+    if claims.images != hash_of_images(images, data.labels[claims.indices]):
         raise RecordError("the images are not those of the certificate")
-    if hashes[1] != hash_of_model(exact_copy(model, shape)):
-        raise RecordError("the model is not that of the certificate")
-    certified = CertifiedModel(model, shape, prove=prover, **settings)
+    if claims.model != hash_of_model(exact_copy(model, claims.input_shape)):
+        raise RecordError(
+            "the model is not that of the certificate (weights that are computed, by weight_norm "
+            "say, can differ between machines)"
+        )
+    prover = Verifier(claims.layers, on_layer)
+    certified = CertifiedModel(
+        model,
+        claims.input_shape,
+        method=claims.method,
+        tighten=claims.tighten,
+        domain=claims.domain,
+        precision=claims.precision,
+        prove=prover,
+    )
     prover.check_all_used()
-    own = certified.margin_lipschitz().cpu()
-    if not math.isclose(lipschitz, certified.lipschitz().item(), rel_tol=1e-12):
+    constant, margins = certified.lipschitz().cpu(), certified.margin_lipschitz().cpu()
+    if not _just_above(torch.tensor(claims.lipschitz, dtype=torch.float64), constant):
         raise RecordError("the Lipschitz bound does not follow from the layers'")
-    if own.shape != margins.shape or not torch.allclose(own, margins, rtol=1e-12, atol=0.0):
+    if claims.margins.shape != margins.shape or not _just_above(claims.margins, margins):
         raise RecordError("the Lipschitz bounds of the margins do not follow from the layers'")
     for part in torch.arange(len(images)).split(500):
         found = certified.certify(pixels(images[part]))
-        if not torch.equal(found.prediction.cpu(), predictions[part]):
+        if not torch.equal(found.prediction.cpu(), claims.predictions[part]):
             raise RecordError("the network predicts other classes than the certificate says")
-        # What another machine may compute in float64.
-        radius = found.radius.cpu()
-        high, low = radius * (1.0 + 1e-12), radius * (1.0 - 1e-9)
-        if not bool(((low <= claimed[part]) & (claimed[part] <= high)).all()):
+        radius, claimed = found.radius.cpu(), claims.radii[part]
+        low = (radius.clamp_max(1e300) * (1.0 - 1e-5) - 1e-6).clamp_min(0.0)
+        if not bool(((claimed <= radius) & (low <= claimed)).all()):
             raise RecordError("the radii do not follow from the bounds")
-    return len(indices)
+    return len(images)
+
+
+def _just_above(claimed: Tensor, own: Tensor) -> bool:
+    """Whether numbers are at least others, and hardly more."""
+    return bool(((own <= claimed) & (claimed <= own * (1.0 + 1e-9))).all())
