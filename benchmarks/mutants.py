@@ -257,8 +257,8 @@ MUTANTS = [
     Mutant(
         "rounding: no allowance off the margins",
         "certify/certified_model.py",
-        "lower = logits.gather(1, index) - allowance[:, None]",
-        "lower = logits.gather(1, index)",
+        "torch.nextafter(logits + allowance, torch.full_like(logits, torch.inf))",
+        "logits",
         "tests/certify/test_forward_error.py",
     ),
     Mutant(

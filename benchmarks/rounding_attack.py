@@ -76,7 +76,7 @@ def main(tries: int, inputs: int, precision: str, seed: int) -> None:
     """Print how many radii were broken, of both kinds."""
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-tries // inputs)
-    click.echo(f"{'network':<32}{'tries':>10}{'exact radii broken':>20}{'rounded':>10}{'cost':>10}")
+    click.echo(f"{'network':<32}{'tries':>10}{'exact radii broken':>20}{'rounded':>14}{'cost':>10}")
     for name, model, size in networks(seed):
         x = torch.randn(inputs, size, generator=generator)
         model = copy.deepcopy(model).eval()
@@ -89,7 +89,7 @@ def main(tries: int, inputs: int, precision: str, seed: int) -> None:
                 count |= broken(model, x, way, radius, generator)
         cost = (1.0 - radii[1] / radii[0]).median().item()
         shares = [f"{int(count.sum()):,} of {inputs:,}" for count in counts]
-        click.echo(f"{name:<32}{rounds * inputs:>10,}{shares[0]:>20}{shares[1]:>10}{cost:>10.1e}")
+        click.echo(f"{name:<32}{rounds * inputs:>10,}{shares[0]:>20}{shares[1]:>14}{cost:>10.1e}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from certify import CertifiedModel
 from certify.bounding import Bounding, in_order, merged
 from certify.composition import compose
 from certify.graph import LipschitzGraph
@@ -415,3 +416,16 @@ def test_a_padded_skip_beside_a_branch_of_an_unpadded_layer(taps: int, activatio
     true = spectral_norm(matrix.reshape(matrix.shape[0], -1)).item()
     found = bound(merged(LipschitzGraph(model, (1, size)).walk()), join=True)
     assert true <= found * NOISE
+
+
+def test_zeros_between_convolutions_are_not_composed_away() -> None:
+    """On the lattice the second undoes the first; at the border it reads zeros in their place."""
+    first, second = nn.Conv1d(1, 2, 3, padding=1), nn.Conv1d(2, 1, 3, padding=1)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[[0.0, 0.0, 1.0]], [[0.0, 1.0, 0.0]]]))
+        second.weight.copy_(torch.tensor([[[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]]))
+    model = nn.Sequential(first, second, nn.Flatten())
+    certified = CertifiedModel(model, (1, 4))
+    at_border, zero = torch.eye(4)[:1, None], torch.zeros(1, 1, 4)
+    assert (certified.logits(at_border) - certified.logits(zero)).norm().item() == 1.0
+    assert certified.lipschitz().item() >= 1.0

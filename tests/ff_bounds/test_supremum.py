@@ -21,7 +21,9 @@ from ff_bounds import (
     tensor_norm_bound,
     unit_stride_kernel,
 )
+from ff_bounds.branch_and_bound import branch_and_bound
 from ff_bounds.cells import first_cells
+from ff_bounds.peak import Peak
 from ff_bounds.symbol import GramPolynomial, Symbol, normalized_kernels
 
 KINDS = ("normal", "rank one", "separable", "delta", "alternating", "one entry", "rotation")
@@ -352,3 +354,27 @@ def test_variation_of_the_gram_matrix_in_a_cell(taps: tuple[int, ...]) -> None:
     bound = gram.variation(problem, angle)
     assert (change <= bound).all()
     assert (bound <= 100 * change.max()).all()
+
+
+def test_a_narrow_peak_between_centres_is_not_closed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no ascent finds it: cells have to be split until a centre sees it.
+
+    A broad peak of height one gives the lower bound. The narrow one, 0.6 % higher, lies half-way
+    between two centres of first cells, which see 94 % of it.
+    """
+    for name in ("search", "ascend"):
+        monkeypatch.setattr(Peak, name, lambda *arguments: None)
+    taps = 31
+    centres = first_cells((taps,), 0.6, torch.device("cpu"))[0].flatten().sort().values
+    middle = len(centres) // 2
+    between = (centres[middle - 1] + centres[middle]) / 2.0
+    places = torch.arange(taps, dtype=torch.float64) - (taps - 1) / 2.0
+    narrow = torch.cos(between * places)
+    frequencies = torch.linspace(0, math.pi, 20_001, dtype=torch.float64)
+    heights = (torch.exp(-1j * frequencies[:, None] * places) @ narrow.to(torch.complex128)).abs()
+    kernel = torch.zeros(1, 2, 2, taps, dtype=torch.float64)
+    kernel[0, 0, 0, 14:17] = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
+    kernel[0, 1, 1] = 1.006 * narrow / heights.max()
+    found = branch_and_bound(kernel, torch.zeros(1, dtype=torch.int64), 1e-3, 10**6, deflates=False)
+    assert found.upper.item() >= 1.006 * (1 - 1e-6)
+    assert found.lower.item() <= 1.006 * (1 + 1e-6)
