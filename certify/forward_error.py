@@ -126,12 +126,15 @@ class ForwardError:
         """
         step, count = self.output.step, self.output.shape[1]
         walks = self._walked(x, radius, precision)
-        if not (isinstance(step, Affine) and isinstance(step.operator, Matrix)):
+        matrix = isinstance(step, Affine) and isinstance(step.operator, Matrix)
+        if not matrix or self.output.origin is not None:  # whose products are not the last step
             total = sum_of([walk.carried[self.output] for walk in walks])
             return round_up(2.0**0.5 * total, 3)[:, None].expand(-1, count)
         source = self.output.parents[0]
         features = sum_of([self.carry(source, dict(w.carried), w.sizes) for w in walks])
         local = sum_of([walk.added[self.output] for walk in walks])
+        assert isinstance(step, Affine)
+        assert isinstance(step.operator, Matrix)
         pairs = product_bound(step.operator.row_difference_bound()[classes], features[:, None])
         return round_up(pairs + 2.0**0.5 * local[:, None], 5)
 
