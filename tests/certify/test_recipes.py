@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from certify import TrainingConfig, architectures
 from certify.augmentation import augmentations
-from certify.cli import DEFAULT_RECIPE, main
+from certify.cli import main
+from certify.commands.training import DEFAULT_RECIPE
 from certify.data import num_classes
 from certify.recipes import RECIPES, Recipe, describe, recipe
 from certify.train_options import option_name, option_value

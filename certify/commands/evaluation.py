@@ -1,0 +1,183 @@
+"""``certify eval``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from certify.commands.options import (
+    METHODS,
+    TIGHTENINGS,
+    BrokenError,
+    InputError,
+    common_options,
+    load_named,
+    network_options,
+    one_line_errors,
+)
+from certify.option_types import Epsilon
+
+
+@click.command("eval", short_help="Certify a data set with a trained classifier.")
+@network_options
+@click.option("--dataset", help="A name, or folder:PATH; default: that of the training.")
+@common_options
+@click.option(
+    "--eps",
+    type=Epsilon(),
+    multiple=True,
+    default=(0.1, 0.5, 1.0),
+    help="L2 budget, e.g. 0.5 or 36/255; may be repeated.  [default: 0.1, 0.5, 1.0]",
+)
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    help="How convolutions are bounded; best is the tightest, and slow.  "
+    "[default: as in training, else fantastic_four]",
+)
+@click.option(
+    "--tighten",
+    default="join",
+    show_default=True,
+    type=click.Choice(TIGHTENINGS),
+    help="How far to go beyond the product of the norms.",
+)
+@click.option(
+    "--certificate",
+    default="lipschitz",
+    show_default=True,
+    type=click.Choice(["lipschitz", "local", "curvature", "dual", "best"]),
+    help="local: for ReLU; curvature, dual: for smooth networks; best: the largest radius.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["exact", "float64", "float32", "tf32", "bfloat16"]),
+    help="Arithmetic of the machine that runs the network; radii hold for what it computes.  "
+    "[default: float64, or exact where it is not known how much an operation rounds]",
+)
+@click.option("--attack", is_flag=True, help="Attack every image as well.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
+@click.option(
+    "--held-out",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="The last N training images in place of the test images.",
+)
+@click.option("--batch-size", default=500, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--save", "record_path", metavar="FILE", help="Write a certificate that `verify` can check."
+)
+@click.option("--csv", "csv_path", metavar="FILE", help="Write a row per image.")
+@click.option("--json", "json_path", metavar="FILE", help="Write the summary.")
+@click.option("--plot", "plot_path", metavar="FILE", help="Draw certified accuracy over radius.")
+def evaluate(
+    domain: tuple[float, ...] | None,
+    dataset: str | None,
+    data_dir: str | None,
+    download: bool,
+    device: str,
+    eps: tuple[float, ...],
+    method: str | None,
+    tighten: str,
+    certificate: str,
+    precision: str | None,
+    attack: bool,
+    limit: int | None,
+    held_out: int | None,
+    batch_size: int,
+    record_path: str | None,
+    csv_path: str | None,
+    json_path: str | None,
+    plot_path: str | None,
+    **which: Any,
+) -> None:
+    """Certify every test image: a proven L2 radius within which the prediction cannot change."""
+    for path in (record_path, csv_path, json_path, plot_path):
+        if path and not Path(path).resolve().parent.is_dir():
+            raise InputError(f"the folder of {path} does not exist")
+    with one_line_errors():
+        import torch
+        from tqdm import tqdm
+
+        from certify.attacked import BrokenCertificate
+        from certify.certified_model import CertifiedModel
+        from certify.data import load
+        from certify.evaluation import evaluate as certify_data
+        from certify.files import write_atomically, write_text
+        from certify.norms import proven_norms
+        from certify.records import Recorder, check_recordable, record_of, write_record
+        from certify.run import choose_device
+        from certify.signal import UnknownRounding
+
+        network = load_named(dataset, **which)
+        dataset = dataset or network.dataset
+        if dataset is None:
+            raise InputError("pass --dataset: only a ckpt.pt of certify train names its own")
+        images = "test images" if held_out is None else f"last {held_out:,} training images"
+        click.echo(f"certifying {network.description} on the {images} of {dataset}")
+        chosen_method = method or network.method or "fantastic_four"
+        if record_path:
+            check_recordable(chosen_method, tighten, certificate)
+        recorder = Recorder()
+
+        def certified_in(arithmetic: str | None) -> CertifiedModel:
+            recorder.layers.clear()
+            return CertifiedModel(
+                network.model.to(choose_device(device)),
+                network.input_shape,
+                method=chosen_method,
+                tighten=tighten,
+                domain=domain,
+                precision=arithmetic,
+                prove=recorder if record_path else proven_norms,
+            )
+
+        try:
+            certified = certified_in(None if precision == "exact" else precision or "float64")
+        except UnknownRounding as reason:
+            if precision is not None:
+                raise
+            click.echo(f"radii of exact arithmetic: {reason}")
+            certified = certified_in(None)
+        data = load(
+            dataset,
+            train=held_out is not None,
+            data_dir=data_dir or network.data_dir,
+            download=download,
+        )
+        if held_out is not None:
+            _, data = data.split(held_out)
+        data = data.head(limit)
+        with tqdm(total=len(data), unit="image", disable=None, leave=False) as bar:
+            try:
+                report = certify_data(
+                    certified,
+                    data,
+                    eps,
+                    batch_size=batch_size,
+                    certificate=certificate,
+                    attack=attack,
+                    on_batch=bar.update,
+                )
+            except BrokenCertificate as found:
+                write_atomically("counterexample.pt", partial(torch.save, found.content))
+                raise BrokenError(f"{found}; it is in counterexample.pt") from found
+        click.echo(report.to_table())
+        if record_path:
+            where = {"dataset": dataset, "held_out": held_out}
+            record = record_of(certified, recorder, report, data, where, network.description)
+            write_record(record_path, record)
+        if csv_path:
+            write_text(csv_path, report.to_csv())
+        if json_path:
+            write_text(json_path, report.to_json())
+        if plot_path:
+            from certify.plots import plot_certified_accuracy
+
+            title = f"{network.name} on {dataset}: {report.n:,} images"
+            plot_certified_accuracy(report, plot_path, title)
+        for path in filter(None, (record_path, csv_path, json_path, plot_path)):
+            click.echo(f"wrote {path}")

@@ -1,0 +1,106 @@
+"""``certify train`` and ``certify recipes``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from certify.commands.options import ARCHITECTURES, common_options, one_line_errors
+from certify.option_types import Setting
+from certify.train_options import training_options
+
+DEFAULT_RECIPE = "mnist-5k"
+
+
+@click.command(short_help="Train a classifier.")
+@click.option(
+    "--recipe",
+    "recipe_name",
+    default=DEFAULT_RECIPE,
+    show_default=True,
+    metavar="NAME",
+    help="What the other options start from; see certify recipes.",
+)
+@click.option("--dataset", help="A name, or folder:PATH.")
+@common_options
+@click.option("--model", help=f"Architecture: {ARCHITECTURES}.")
+@click.option("--set", "settings", type=Setting(), multiple=True, help="Argument of the model.")
+@training_options
+@click.option("--out", metavar="DIR", help="Default: runs/DATASET-MODEL.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
+def train(
+    recipe_name: str,
+    dataset: str | None,
+    data_dir: str | None,
+    download: bool,
+    device: str,
+    model: str | None,
+    settings: tuple[tuple[str, Any], ...],
+    out: str | None,
+    resume: bool,
+    overwrite: bool,
+    **training: Any,
+) -> None:
+    """Train a classifier and write ckpt.pt, config.json and metrics.csv to --out."""
+    with one_line_errors():
+        from tqdm import tqdm
+
+        from certify.architectures import is_users
+        from certify.recipes import recipe
+        from certify.run import RunConfig, run_training
+        from certify.training import EpochMetrics, Trainer
+
+        chosen = recipe(recipe_name).changed(dataset, model, dict(settings), training)
+        name = f"{chosen.dataset}-{chosen.model}".replace(":", "-").replace("/", "_")
+        folder = Path(out or f"runs/{name}")
+        arch = f" --arch {chosen.model}" if is_users(chosen.model) else ""
+        config = chosen.config()
+        run = RunConfig(
+            chosen.model, dict(chosen.hyperparameters), chosen.dataset, data_dir, config, device
+        )
+        with tqdm(unit="step", disable=None, dynamic_ncols=True) as bar:
+
+            def start(trainer: Trainer) -> None:
+                bar.reset(total=config.epochs * trainer.steps_per_epoch)
+                bar.update(trainer.epoch * trainer.steps_per_epoch)
+
+            def step(metrics: EpochMetrics) -> None:
+                bar.set_postfix_str(_describe(metrics), refresh=False)
+                bar.update()
+
+            def epoch(metrics: EpochMetrics) -> None:
+                if bar.disable:
+                    click.echo(f"epoch {metrics.epoch + 1}/{config.epochs}: {_describe(metrics)}")
+
+            run_training(
+                run,
+                folder,
+                download=download,
+                resume=resume,
+                overwrite=overwrite,
+                on_start=start,
+                on_step=step,
+                on_epoch=epoch,
+            )
+    path = folder / "ckpt.pt"
+    click.echo(f"wrote {path}; next: certify eval --model {path}{arch}")
+
+
+def _describe(metrics: Any) -> str:
+    """One line of running metrics; a tilde marks what rests on estimated norms."""
+    return (
+        f"loss {metrics.loss:.3f}, clean {100 * metrics.clean_accuracy:.1f} %, "
+        f"certified ~{100 * metrics.certified_accuracy_estimate:.1f} %, "
+        f"Lipschitz ~{metrics.lipschitz_estimate:.3g}"
+    )
+
+
+@click.command(short_help="List the recipes of certify train.")
+def recipes() -> None:
+    """Print what each recipe stands for, as options of train, and how its result is evaluated."""
+    from certify.recipes import describe
+
+    click.echo(describe())
