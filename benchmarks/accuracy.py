@@ -20,6 +20,7 @@ import click
 import torch
 
 from certify import CertifiedModel
+from certify.attack import Effort
 from certify.checkpoints import load_checkpoint
 from certify.data import load
 from certify.evaluation import Report, evaluate
@@ -55,7 +56,7 @@ def measure(folder: Path, epsilons: tuple[float, ...], attacked: int, certificat
     if attacked:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:attacked]
         some = type(data)(data.images[order], data.labels[order], data.classes)
-        part = evaluate(certified, some, epsilons, certificate=certificate, attack=True)
+        part = evaluate(certified, some, epsilons, certificate=certificate, attack=Effort())
         assert part.attack is not None
         found["attack"] = {
             "images": len(some),

@@ -2,183 +2,165 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from certify.dual import Iteration, Margins
-
-Values = Callable[[Tensor], Tensor]
-"""From points ``(M, ...)`` to logits ``(M, C)``."""
-
-_RAY = (1.0, 1.001, 1.02, 1.2, 2.0)
-"""Where is looked on the ray through the last point."""
-
-_HALVINGS = 8
-
-_CLASSES = 4
-"""How many other classes of each input are attacked: the nearest by the linear model there."""
+from certify.minimum_norm import Seen, Target, ddn, deepfool, nearest_classes, on_sphere
+from certify.signal import checked_domain
 
 
-def attack_distances(
-    margins: Margins,
-    values: Values,
-    x: Tensor,
-    logits: Tensor,
-    *,
-    steps: int = 20,
-    batch: int = 1024,
-) -> tuple[Tensor, Tensor]:
-    """Distances ``(N,)`` at which a point of another class was seen, or infinity; and the points.
+@dataclass(frozen=True)
+class Effort:
+    """How hard to try.
 
-    Only the nearest classes are tried, by the linear models at the inputs.
+    Attributes:
+        steps: forward-backward passes for each start, and for each class where one is chosen.
+        restarts: random starts of projected gradient descent, beside the one from the input.
+        foolbox: also run foolbox's attacks; see `certify.foolbox_attacks`.
+    """
 
-    The steps of `certify.dual.dual_bounds` without their limit, each to where the linear model of
-    the margin vanishes; then the ray through the last point is searched for the nearest place where
-    the other class wins.
+    steps: int = 20
+    restarts: int = 1
+    foolbox: bool = False
+
+
+class Adversary:
+    """Looks for points near inputs at which a network predicts another class.
+
+    Gradients are those of a copy in float32, if the network can be computed in that; a point counts
+    if it is of another class, or a tie, in float64.
 
     Args:
-        margins: differences of logits and their gradients, to search by; they may be rough.
-        values: logits, by which a point is seen to be of another class.
-        x: ``(N, ...)`` float64.
-        logits: ``(N, C)`` at ``x``.
-        steps: forward-backward passes for each class.
-        batch: points in one pass at most.
-
-    References:
-        S.-M. Moosavi-Dezfooli, A. Fawzi, P. Frossard, DeepFool, CVPR 2016.
+        model: a network with parameters in float64, in evaluation mode.
+        input_shape: of one input.
+        domain: smallest and largest entry that a point may have, or ``None`` for any.
+        effort: how hard to try.
     """
-    classes = logits.shape[1]
-    own = logits.argmax(dim=1)
-    sample, other = _nearest(margins, x, own, classes, batch)
-    state = Iteration.start(x, sample, own[sample], other, logits.new_zeros(classes, classes))
-    start = x[sample].flatten(1)
-    nearest = start.clone()
-    for _ in range(steps):
-        before = state.upper.clone()
-        state.step(margins, batch)
-        nearer = (state.upper < before)[:, None]
-        nearest = torch.where(nearer, state.before, nearest)  # where the step was evaluated
 
-    def seen(points: Tensor) -> Tensor:
-        shaped = points.reshape(-1, *x.shape[1:])
-        parts = zip(shaped.split(batch), state.own.split(batch), other.split(batch), strict=True)
-        return torch.cat([_margin(values(part), *pair) <= 0 for part, *pair in parts])
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: Sequence[int],
+        *,
+        domain: Sequence[float] | None = None,
+        effort: Effort | None = None,
+    ) -> None:
+        self.device = next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
+        rough = _in_float32(model, input_shape, self.device)
+        self.target = Target.of(model, rough, checked_domain(domain))
+        self.effort = effort or Effort()
+        self._model = model
 
-    way = state.u - start
-    length = way.norm(dim=1)
+    def with_effort(self, effort: Effort) -> Adversary:
+        """The same, trying harder or less."""
+        other = copy.copy(self)
+        other.effort = effort
+        return other
 
-    def on_ray(factor: Tensor) -> Tensor:
-        return seen(start + factor[:, None] * way) & torch.isfinite(length)
+    def nearest_by(self, x: Tensor) -> dict[str, Seen]:
+        """The nearest points ``(N, ...)`` of other classes that each attack finds."""
+        logits = self.target.values(x)
+        found = {
+            "deepfool": deepfool(self.target, x, logits, steps=self.effort.steps),
+            "ddn": ddn(self.target, x, logits, steps=3 * self.effort.steps),
+        }
+        if self.effort.foolbox:
+            from certify.foolbox_attacks import by_foolbox
 
-    far = torch.full_like(length, torch.inf)
-    for factor in _RAY:
-        found = on_ray(torch.full_like(length, factor))
-        far = torch.where(found, far.clamp_max(factor), far)
-    near = torch.zeros_like(far)
-    for _ in range(_HALVINGS):
-        middle = torch.where(torch.isfinite(far), (near + far) / 2.0, 0.0)
-        found = on_ray(middle) & torch.isfinite(far)
-        far, near = torch.where(found, middle, far), torch.where(found, near, middle)
-    distance = torch.where(far < torch.inf, far * length, torch.inf)
-    direct = torch.where(seen(nearest), (nearest - start).norm(dim=1), torch.inf)
-    found = torch.full((*logits.shape, 2), torch.inf, dtype=logits.dtype, device=logits.device)
-    found[sample, other] = torch.stack([distance, direct], dim=1)
-    points = x.flatten(1).repeat_interleave(2 * classes, 0).reshape(len(x), classes, 2, -1)
-    on_way = start + torch.where(far < torch.inf, far, 0.0)[:, None] * way
-    points[sample, other] = torch.stack([on_way, nearest], dim=1)
-    smallest, place = found.flatten(1).min(dim=1)
-    rows = torch.arange(len(x), device=x.device)
-    return smallest, points.flatten(1, 2)[rows, place].reshape(x.shape)
+            found |= by_foolbox(self.target, self._model, x, logits.argmax(dim=1))
+        return found
+
+    def nearest(self, x: Tensor) -> Seen:
+        """The nearest points of other classes that any attack finds."""
+        found = Seen.none(x)
+        for one in self.nearest_by(x).values():
+            found = found.or_nearer(one)
+        return found
+
+    def within(self, x: Tensor, radius: Tensor) -> Seen:
+        """Points of other classes within radii ``(N,)``; nothing is tried at zero and infinity."""
+        logits = self.target.values(x)
+        effort = self.effort
+        return pgd(self.target, x, logits, radius, steps=effort.steps, restarts=effort.restarts)
 
 
-def broken(
-    margins: Margins,
-    values: Values,
+def pgd(
+    target: Target,
     x: Tensor,
     logits: Tensor,
     radius: Tensor,
     *,
     steps: int = 20,
-    batch: int = 1024,
-) -> tuple[Tensor, Tensor]:
-    """Whether projected gradient descent finds another class within a radius of each input.
+    restarts: int = 1,
+) -> Seen:
+    """Projected gradient descent within a radius of each input.
 
-    For the nearest other classes, steps on the margin from the input and from a random point of the
+    For the nearest other classes, steps on the margin from the input and from random points of the
     sphere, each projected onto it; the length of a step falls from twice the radius.
 
     Args:
-        margins: as for `attack_distances`, and so are the next three.
-        values: logits.
-        x: inputs.
-        logits: there.
+        target: the network.
+        x: ``(N, ...)`` float64.
+        logits: ``(N, C)`` there.
         radius: ``(N,)``; where it is zero or infinite nothing is tried.
         steps: forward-backward passes for each class and start.
-        batch: points in one pass at most.
-
-    Returns:
-        ``(N,)`` bool, and points of another class where there are any.
+        restarts: random starts.
 
     References:
         A. Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018.
     """
     own = logits.argmax(dim=1)
     tried = (radius > 0) & torch.isfinite(radius)
-    sample, other = _nearest(margins, x, own, logits.shape[1], batch)
-    sample, other = sample[tried[sample]], other[tried[sample]]
-    result, points_of = torch.zeros_like(tried), x.clone()
+    sample, other = nearest_classes(target, x, own, logits.shape[1])
+    nearest, reached = torch.full_like(x.flatten(1)[:, 0], torch.inf), x.clone()
     generator = torch.Generator().manual_seed(0)
-    for start in (False, True):
-        for part in torch.arange(len(sample), device=x.device).split(batch):
-            centre, size = x[sample[part]].flatten(1), radius[sample[part]][:, None]
+    for start in range(restarts + 1):
+        left = (tried & torch.isinf(nearest))[sample]
+        for part in torch.nonzero(left).flatten().split(target.batch):
+            if not len(part):
+                continue
+            rows = sample[part]
+            centre, size = x[rows].flatten(1), radius[rows][:, None]
             delta = torch.zeros_like(centre)
             if start:
                 noise = torch.randn(centre.shape, generator=generator, dtype=centre.dtype)
-                delta = _on_sphere(noise.to(centre), size)
-            classes = own[sample[part]], other[part]
+                delta = target.inside(centre + on_sphere(noise.to(centre), size)) - centre
+            classes = own[rows], other[part]
             least, best = torch.full_like(size[:, 0], torch.inf), delta
             for step in range(steps + 1):
                 points = (centre + delta).reshape(-1, *x.shape[1:])
-                value, gradient = margins(points, *classes)
+                value, gradient = target.margins(points, *classes)
                 lower = value < least
-                least, best = (
-                    torch.where(lower, value, least),
-                    torch.where(lower[:, None], delta, best),
-                )
+                least = torch.where(lower, value, least)
+                best = torch.where(lower[:, None], delta, best)
                 length = 2.0 * size * (1.0 - step / (steps + 1))
-                delta = _on_sphere(delta - _on_sphere(gradient.flatten(1), length), size)
-            inside = best.norm(dim=1) <= size[:, 0]
+                moved = delta - on_sphere(gradient.flatten(1), length)
+                delta = target.inside(centre + on_sphere(moved, size)) - centre
             points = (centre + best).reshape(-1, *x.shape[1:])
-            found = inside & (_margin(values(points), *classes) <= 0)
-            result[sample[part][found]] = True
-            points_of[sample[part][found]] = points[found]
-    return result, points_of
+            distance = (points - x[rows]).flatten(1).norm(dim=1)
+            hit = (distance <= size[:, 0]) & target.sees(points, own[rows])
+            nearest[rows[hit]], reached[rows[hit]] = distance[hit], points[hit]
+    return Seen(nearest, reached)
 
 
-def _nearest(
-    margins: Margins, x: Tensor, own: Tensor, classes: int, batch: int
-) -> tuple[Tensor, Tensor]:
-    """Pairs ``(M,)`` of a sample and one of the classes that are nearest by its linear models."""
-    distance = torch.full((len(x), classes), torch.inf, dtype=x.dtype, device=x.device)
-    others = torch.arange(classes, device=x.device) != own[:, None]
-    sample, other = torch.nonzero(others, as_tuple=True)
-    for part in torch.arange(len(sample), device=x.device).split(batch):
-        s, t = sample[part], other[part]
-        value, gradient = margins(x[s], own[s], t)
-        distance[s, t] = value / gradient.flatten(1).norm(dim=1)
-    count = min(_CLASSES, classes - 1)
-    near = distance.nan_to_num(nan=torch.inf).topk(count, dim=1, largest=False).indices
-    rows = torch.arange(len(x), device=x.device)[:, None].expand_as(near)
-    chosen = near.flatten() != own[rows.flatten()]
-    return rows.flatten()[chosen], near.flatten()[chosen]
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
 
 
-def _on_sphere(vectors: Tensor, radius: Tensor) -> Tensor:
-    """Vectors scaled to a length below the radius by more than what rounding could hide."""
-    length: Tensor = vectors.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    return vectors / length * (radius * (1.0 - 1e-9))
-
-
-def _margin(logits: Tensor, own: Tensor, other: Tensor) -> Tensor:
-    return (logits.gather(1, own[:, None]) - logits.gather(1, other[:, None]))[:, 0]
+def _in_float32(
+    model: nn.Module, input_shape: Sequence[int], device: torch.device
+) -> nn.Module | None:
+    """A copy in float32, unless the network cannot be computed in that."""
+    try:
+        rough = copy.deepcopy(model).to(torch.float32)
+        with torch.no_grad():
+            rough(torch.zeros(1, *input_shape, device=device))
+    except RuntimeError:  # constants in float64, say
+        return None
+    return rough

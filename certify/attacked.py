@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from certify.certified_model import CertifiedModel
+from certify.attack import Adversary
 from certify.data import pixels
+from certify.minimum_norm import Seen
 
 
 class BrokenCertificate(RuntimeError):  # noqa: N818 - the name says what happened
@@ -42,10 +43,24 @@ class Attacked:
     Attributes:
         distance: ``(N,)`` at which another class was seen, or infinity.
         withstood: for each budget, ``(N,)`` whether no attack within it succeeded.
+        by: ``(N,)`` distances of each attack that looks for the nearest point.
     """
 
     distance: Tensor
     withstood: Mapping[float, Tensor]
+    by: Mapping[str, Tensor]
+
+    @property
+    def won(self) -> dict[str, int]:
+        """For how many images each attack found the nearest point; the first of equal ones.
+
+        Where projected gradient descent found one within a budget that the others had missed, the
+        image is counted for it.
+        """
+        distances = torch.stack([*self.by.values(), self.distance])
+        first = distances.argmin(dim=0)
+        seen = torch.isfinite(self.distance)
+        return {name: int((first[seen] == i).sum()) for i, name in enumerate([*self.by, "pgd"])}
 
     def solved(self, radius: Tensor) -> float:
         """Fraction of images whose radius is within 0.1 % of an attack's distance."""
@@ -57,35 +72,55 @@ class Attacked:
 
 
 def attack_all(
-    certified: CertifiedModel, images: Tensor, radius: Tensor, epsilons: Sequence[float], size: int
+    adversary: Adversary,
+    images: Tensor,
+    epsilons: Sequence[float],
+    size: int,
+    *,
+    radius: Tensor | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Attacked:
-    """Attack every image at its radius and at each budget.
+    """Attack every image, at each budget and within its certified radius.
+
+    Args:
+        adversary: attacks the network.
+        images: ``(N, ...)``.
+        epsilons: budgets.
+        size: images at a time.
+        radius: ``(N,)`` certified; without it nothing is contradicted.
+        on_batch: called with the number of images done, after each batch.
 
     Raises:
         BrokenCertificate: an attack succeeded within a radius.
     """
+    radius = torch.zeros(len(images), dtype=torch.float64) if radius is None else radius
+    parts: dict[str, list[Tensor]] = {}
     distances: list[Tensor] = []
-    withstood: dict[float, list[Tensor]] = {epsilon: [] for epsilon in epsilons}
     done = 0
     for batch, own in zip(images.split(size), radius.split(size), strict=True):
-        x, own = pixels(batch), own.to(certified.margin_lipschitz().device)
-        distance, nearest = certified.nearest_seen(x)
-        for epsilon in epsilons:
+        x, own = pixels(batch).to(adversary.device, torch.float64), own.to(adversary.device)
+        found = Seen.none(x)
+        for name, one in adversary.nearest_by(x).items():
+            parts.setdefault(name, []).append(one.distance)
+            found = found.or_nearer(one)
+        for epsilon in sorted(epsilons, reverse=True):
             # Where either certificate or attack has decided already nothing is tried.
-            still = (own <= epsilon) & (distance > epsilon)
-            hit = certified.broken(x, torch.where(still, epsilon, 0.0))
-            distance = torch.where(hit, distance.clamp_max(epsilon), distance)
-            withstood[epsilon].append((distance > epsilon) | (epsilon == 0))
-        inside = torch.where(torch.isfinite(own), own, 0.0)
-        hit, points = certified.seen_within(x, inside)
-        points = torch.where(hit.reshape(-1, *[1] * (x.ndim - 1)), points, nearest)
-        for place in torch.nonzero(hit | (distance < own)).flatten().tolist():
-            label = int(certified.logits(x[place : place + 1]).argmax())
-            image = x[place].to(points)
-            raise BrokenCertificate(done + place, image, points[place], own[place].item(), label)
-        distances.append(distance)
+            still = (own <= epsilon) & (found.distance > epsilon)
+            found = found.or_nearer(adversary.within(x, epsilon * still.to(x.dtype)))
+        inside = torch.where(torch.isfinite(own) & (found.distance > own), own, 0.0)
+        found = found.or_nearer(adversary.within(x, inside))
+        for place in torch.nonzero(found.distance < own).flatten().tolist():
+            label = int(adversary.target.values(x[place : place + 1]).argmax())
+            raise BrokenCertificate(
+                done + place, x[place], found.points[place], own[place].item(), label
+            )
+        distances.append(found.distance)
         done += len(batch)
+        if on_batch is not None:
+            on_batch(len(batch))
+    distance = torch.cat(distances).cpu()
     return Attacked(
-        torch.cat(distances).cpu(),
-        {epsilon: torch.cat(parts).cpu() for epsilon, parts in withstood.items()},
+        distance,
+        {epsilon: (distance > epsilon) | (epsilon == 0) for epsilon in epsilons},
+        {name: torch.cat(found).cpu() for name, found in parts.items()},
     )

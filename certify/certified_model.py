@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -11,11 +10,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from certify.attack import attack_distances, broken
+from certify.attack import Adversary
 from certify.bounding import Norms
 from certify.certificates import Certificate, check_certificate, largest_of
 from certify.certificates import certificate as certified_by_margins
-from certify.dual import STEPS, DualResult, Margins, margins_of
+from certify.dual import STEPS, DualResult
 from certify.folding import any_folded, copy_with_plain_weights, refuse_other_results
 from certify.forward_error import ForwardError
 from certify.graph import LipschitzGraph
@@ -290,53 +289,34 @@ class CertifiedModel:
             passes = exact.passes + found.passes
             return replace(found, lower=lower, passes=passes, exact=smallest)
 
-    def attack(self, x: Tensor, *, steps: int = 20) -> Tensor:
-        """Look for the nearest points of other classes; see `certify.attack`.
+    @cached_property
+    def adversary(self) -> Adversary:
+        """What attacks this network, within the domain if there is one; see `certify.attack`."""
+        network = self._graph.split(self._output.node)[0].eval()
+        return Adversary(network, self.input_shape, domain=self.domain)
+
+    def attack(self, x: Tensor) -> Tensor:
+        """Look for the nearest points of other classes; see `certify.minimum_norm`.
 
         Args:
             x: the inputs ``(N, *input_shape)``.
-            steps: forward-backward passes for each class.
 
         Returns:
             ``(N,)`` float64, distances at which the prediction was seen to change, or infinity.
             Nothing is proven by them.
         """
-        return self.nearest_seen(x, steps=steps)[0]
+        return self.adversary.nearest(x.to(self._device, torch.float64)).distance
 
-    def nearest_seen(self, x: Tensor, *, steps: int = 20) -> tuple[Tensor, Tensor]:
-        """As `attack`, and the points ``(N, *input_shape)`` at these distances."""
-        with torch.no_grad():
-            logits = self._logits_within(x)
-            x = x.to(self._device, torch.float64)
-            return attack_distances(self._rough_margins, self.logits, x, logits, steps=steps)
-
-    def broken(self, x: Tensor, radius: Tensor, *, steps: int = 20) -> Tensor:
-        """Try to change predictions within radii ``(N,)``; see `certify.attack.broken`.
+    def broken(self, x: Tensor, radius: Tensor) -> Tensor:
+        """Try to change predictions within radii ``(N,)``; see `certify.attack.pgd`.
 
         Returns:
             ``(N,)`` bool, whether that succeeded.
         """
-        return self.seen_within(x, radius, steps=steps)[0]
-
-    def seen_within(self, x: Tensor, radius: Tensor, *, steps: int = 20) -> tuple[Tensor, Tensor]:
-        """As `broken`, and points ``(N, *input_shape)`` of another class where it succeeded."""
-        with torch.no_grad():
-            logits = self._logits_within(x)
-            x = x.to(self._device, torch.float64)
-            return broken(self._rough_margins, self.logits, x, logits, radius, steps=steps)
-
-    @cached_property
-    @torch.inference_mode(False)
-    def _rough_margins(self) -> Margins:
-        """Margins and gradients in float32, if the network can be computed in that."""
-        exact = self._graph.split(self._output.node)[0]
-        try:
-            rough = copy.deepcopy(exact).to(torch.float32)
-            with torch.no_grad():
-                rough(torch.zeros(1, *self.input_shape, device=self._device))
-        except RuntimeError:  # constants in float64, say
-            return margins_of(exact)
-        return margins_of(rough, torch.float32)
+        found = self.adversary.within(
+            x.to(self._device, torch.float64), radius.to(self._device, torch.float64)
+        )
+        return torch.isfinite(found.distance)
 
     def _logits_within(self, x: Tensor) -> Tensor:
         if self.domain is not None and not _within(x, self.domain):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from certify.commands.attacking import attack
 from certify.commands.bounding import bound
 from certify.commands.evaluation import evaluate
 from certify.commands.training import recipes, train
@@ -16,7 +17,7 @@ def main() -> None:
     """Train image classifiers with provable L2 robustness, and prove it."""
 
 
-for command in (train, recipes, evaluate, verify, bound):
+for command in (train, recipes, evaluate, attack, verify, bound):
     main.add_command(command)
 
 if __name__ == "__main__":

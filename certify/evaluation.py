@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from certify.attack import Effort
 from certify.attacked import Attacked, attack_all
 from certify.certificates import Certificate, check_certificate, largest_of
 from certify.certified_model import CertifiedModel
@@ -141,6 +142,7 @@ class Report:
             summary["attacked_accuracy"] = {repr(e): a for e, a in self.attacked_accuracy.items()}
             summary["solved_exactly"] = self.attack.solved(self.found.radius)
             summary["median_gap"] = finite(self.attack.median_gap(self.found.radius))
+            summary["nearest_by"] = self.attack.won
             summary["broken_within_radius"] = 0  # or there would be no report
         return json.dumps(summary, indent=2, allow_nan=False) + "\n"
 
@@ -174,12 +176,12 @@ class Report:
             head.append("attacked")
         rows: list[Sequence[str]] = [
             ("images", f"{self.n:,}"),
-            ("clean accuracy", _percent(self.clean_accuracy)),
+            ("clean accuracy", percent(self.clean_accuracy)),
         ]
         if len(head) > 2:
             rows.append(head)
         rows += [
-            (f"certified at {epsilon_name(e)}", *(_percent(column[e]) for column in accuracies))
+            (f"certified at {epsilon_name(e)}", *(percent(column[e]) for column in accuracies))
             for e in self.epsilons
         ]
         rows += [
@@ -195,14 +197,15 @@ class Report:
         if self.gains is not None:
             rows += [
                 ("images that gained", f"{int((self.gains > 0).sum()):,}"),
-                ("median gain", _percent(_median(self.gains))),
+                ("median gain", percent(_median(self.gains))),
             ]
         if self.attack is not None:
             radius = self.found.radius
             rows += [
-                ("solved exactly", _percent(self.attack.solved(radius))),
-                ("median gap to attack", _percent(self.attack.median_gap(radius))),
+                ("solved exactly", percent(self.attack.solved(radius))),
+                ("median gap to attack", percent(self.attack.median_gap(radius))),
                 ("broken within radius", "0"),
+                *((f"nearest by {name}", f"{n:,}") for name, n in self.attack.won.items() if n),
             ]
         rows += [(f"{name} / logits", f"{cost:,.1f} x") for name, cost in self.costs.items()]
         if self.passes is not None:
@@ -220,7 +223,7 @@ def evaluate(
     *,
     batch_size: int = 500,
     certificate: str = "lipschitz",
-    attack: bool = False,
+    attack: Effort | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Report:
     """Certify every image of ``data``.
@@ -231,28 +234,15 @@ def evaluate(
         epsilons: L2 budgets, in units of pixels in [0, 1].
         batch_size: images per forward pass.
         certificate: as in `CertifiedModel.certify`.
-        attack: also attack every image; see `certify.attack`. A radius that it breaks raises
-            `certify.attacked.BrokenCertificate`.
+        attack: how hard to attack every image as well; see `certify.attack`. A radius that is
+            broken raises `certify.attacked.BrokenCertificate`.
         on_batch: called with the number of images done, after each batch.
 
     Raises:
         ValueError: no images, images of another shape than the network's input, labels that
             it has no logit for, a negative budget, or an unknown certificate.
     """
-    if len(data) == 0:
-        raise ValueError("there are no images to evaluate")
-    if data.input_shape != certified.input_shape:
-        raise ValueError(
-            f"the model takes images of shape {certified.input_shape}, "
-            f"the data has {data.input_shape}"
-        )
-    if int(data.labels.max()) >= certified.num_classes:
-        raise ValueError(
-            f"the model has {certified.num_classes} classes, "
-            f"the data has a label {int(data.labels.max())}"
-        )
-    if any(not 0 <= epsilon < math.inf for epsilon in epsilons):
-        raise ValueError(f"expected eps >= 0, got {list(epsilons)}")
+    check_data(data, certified.input_shape, certified.num_classes, epsilons)
     check_certificate(certificate)
     start = time.perf_counter()
     lipschitz = certified.lipschitz().item()
@@ -283,6 +273,10 @@ def evaluate(
     found, _ = largest_of(chosen)
     seconds = time.perf_counter() - start
     asked = kinds if certificate == "best" else (certificate,)
+    attacked = None
+    if attack is not None:
+        adversary = certified.adversary.with_effort(attack)
+        attacked = attack_all(adversary, data.images, epsilons, batch_size, radius=found.radius)
     return Report(
         data.labels,
         found,
@@ -293,11 +287,31 @@ def evaluate(
         radii={kind: one.radius for kind, one in whole.items()},
         costs={kind: times[kind] / times["logits"] for kind in asked if times["logits"]},
         passes=passes / len(data) if "dual" in kinds else None,
-        attack=attack_all(certified, data.images, found.radius, epsilons, batch_size)
-        if attack
-        else None,
+        attack=attacked,
         precision="exact" if certified.precision is None else certified.precision.name,
     )
+
+
+def check_data(
+    data: ImageData, input_shape: tuple[int, ...], num_classes: int, epsilons: Sequence[float]
+) -> None:
+    """Refuse data that a network cannot be evaluated on, and budgets that are none.
+
+    Raises:
+        ValueError: see `evaluate`.
+    """
+    if len(data) == 0:
+        raise ValueError("there are no images to evaluate")
+    if data.input_shape != input_shape:
+        raise ValueError(
+            f"the model takes images of shape {input_shape}, the data has {data.input_shape}"
+        )
+    if int(data.labels.max()) >= num_classes:
+        raise ValueError(
+            f"the model has {num_classes} classes, the data has a label {int(data.labels.max())}"
+        )
+    if any(not 0 <= epsilon < math.inf for epsilon in epsilons):
+        raise ValueError(f"expected eps >= 0, got {list(epsilons)}")
 
 
 def _timed(call: Callable[..., _Result], *arguments: Any) -> tuple[_Result, float]:
@@ -336,7 +350,8 @@ def _median(values: Tensor) -> float:
     return values.median().item() if len(values) else 0.0
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """Return a fraction as people read it."""
     return f"{100 * fraction:.2f} %"
 
 

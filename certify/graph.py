@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +27,7 @@ from certify.signal import (
     UnknownRounding,
     UnsupportedModel,
     Wrapping,
+    checked_domain,
 )
 from certify.tracing import (
     BATCH,
@@ -72,10 +72,7 @@ class LipschitzGraph:
         input_shape: Sequence[int],
         domain: Sequence[float] | None = None,
     ) -> None:
-        if domain is not None and not (
-            len(domain) == 2 and -math.inf < domain[0] < domain[1] < math.inf
-        ):
-            raise ValueError(f"expected a domain (low, high) with low < high, got {domain}")
+        limits = checked_domain(domain)
         refuse_what_tracing_misses(model)
         register_installed()
         tensors = chain(model.parameters(), model.buffers())
@@ -91,7 +88,6 @@ class LipschitzGraph:
             _refuse_early(root, graph)
             shapes = check_against_module(root, graph, example)
             self._recorder = _Recorder(root, graph)
-            limits = None if domain is None else (float(domain[0]), float(domain[1]))
             self.input_shape = tuple(input_shape)
             self.domain = limits
             centres = None if limits is None else self._centres(example[:1], limits)

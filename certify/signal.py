@@ -216,3 +216,16 @@ def total(signals: Sequence[Signal]) -> Signal:
 def side_by_side(signals: Sequence[Signal], *, channels: bool = False) -> Signal:
     """Put signals beside each other; see `Concatenation`."""
     return Signal(signals[0].shape, Concatenation(channels), tuple(signals))
+
+
+def checked_domain(domain: Sequence[float] | None) -> tuple[float, float] | None:
+    """Return the smallest and the largest entry of an input as floats, or ``None`` for no limit.
+
+    Raises:
+        ValueError: not two finite numbers, the smaller one first.
+    """
+    if domain is None:
+        return None
+    if len(domain) != 2 or not -math.inf < domain[0] < domain[1] < math.inf:
+        raise ValueError(f"expected a domain (low, high) with low < high, got {domain}")
+    return float(domain[0]), float(domain[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -10,7 +9,7 @@ import click
 from certify.commands.options import (
     METHODS,
     TIGHTENINGS,
-    InputError,
+    check_folders,
     common_options,
     load_named,
     network_options,
@@ -47,8 +46,7 @@ def bound(
     **which: Any,
 ) -> None:
     """Print a proven bound for every layer, beside the gain that images show there."""
-    if json_path and not Path(json_path).resolve().parent.is_dir():
-        raise InputError(f"the folder of {json_path} does not exist")
+    check_folders(json_path)
     with one_line_errors():
         from certify.data import images_to_look_at
         from certify.files import write_text

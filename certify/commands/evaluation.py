@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,25 +12,22 @@ from certify.commands.options import (
     TIGHTENINGS,
     BrokenError,
     InputError,
+    check_folders,
     common_options,
+    effort_options,
+    images_options,
+    load_images,
     load_named,
     network_options,
     one_line_errors,
 )
-from certify.option_types import Epsilon
 
 
 @click.command("eval", short_help="Certify a data set with a trained classifier.")
 @network_options
 @click.option("--dataset", help="A name, or folder:PATH; default: that of the training.")
 @common_options
-@click.option(
-    "--eps",
-    type=Epsilon(),
-    multiple=True,
-    default=(0.1, 0.5, 1.0),
-    help="L2 budget, e.g. 0.5 or 36/255; may be repeated.  [default: 0.1, 0.5, 1.0]",
-)
+@images_options
 @click.option(
     "--method",
     type=click.Choice(METHODS),
@@ -59,14 +55,7 @@ from certify.option_types import Epsilon
     "[default: float64, or exact where it is not known how much an operation rounds]",
 )
 @click.option("--attack", is_flag=True, help="Attack every image as well.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images.")
-@click.option(
-    "--held-out",
-    metavar="N",
-    type=click.IntRange(min=1),
-    help="The last N training images in place of the test images.",
-)
-@click.option("--batch-size", default=500, show_default=True, type=click.IntRange(min=1))
+@effort_options
 @click.option(
     "--save", "record_path", metavar="FILE", help="Write a certificate that `verify` can check."
 )
@@ -85,6 +74,9 @@ def evaluate(
     certificate: str,
     precision: str | None,
     attack: bool,
+    attack_steps: int,
+    restarts: int,
+    foolbox: bool,
     limit: int | None,
     held_out: int | None,
     batch_size: int,
@@ -95,16 +87,14 @@ def evaluate(
     **which: Any,
 ) -> None:
     """Certify every test image: a proven L2 radius within which the prediction cannot change."""
-    for path in (record_path, csv_path, json_path, plot_path):
-        if path and not Path(path).resolve().parent.is_dir():
-            raise InputError(f"the folder of {path} does not exist")
+    check_folders(record_path, csv_path, json_path, plot_path)
     with one_line_errors():
         import torch
         from tqdm import tqdm
 
+        from certify.attack import Effort
         from certify.attacked import BrokenCertificate
         from certify.certified_model import CertifiedModel
-        from certify.data import load
         from certify.evaluation import evaluate as certify_data
         from certify.files import write_atomically, write_text
         from certify.norms import proven_norms
@@ -142,15 +132,9 @@ def evaluate(
                 raise
             click.echo(f"radii of exact arithmetic: {reason}")
             certified = certified_in(None)
-        data = load(
-            dataset,
-            train=held_out is not None,
-            data_dir=data_dir or network.data_dir,
-            download=download,
+        data = load_images(
+            dataset, network, data_dir=data_dir, download=download, held_out=held_out, limit=limit
         )
-        if held_out is not None:
-            _, data = data.split(held_out)
-        data = data.head(limit)
         with tqdm(total=len(data), unit="image", disable=None, leave=False) as bar:
             try:
                 report = certify_data(
@@ -159,7 +143,7 @@ def evaluate(
                     eps,
                     batch_size=batch_size,
                     certificate=certificate,
-                    attack=attack,
+                    attack=Effort(attack_steps, restarts, foolbox) if attack else None,
                     on_batch=bar.update,
                 )
             except BrokenCertificate as found:

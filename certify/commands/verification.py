@@ -9,6 +9,7 @@ import click
 from certify.commands.options import (
     InputError,
     common_options,
+    load_images,
     load_named,
     network_options,
     one_line_errors,
@@ -36,7 +37,6 @@ def verify(
     with one_line_errors():
         from tqdm import tqdm
 
-        from certify.data import load
         from certify.records import read_record
         from certify.run import choose_device
         from certify.verification import verify as verify_record
@@ -50,14 +50,9 @@ def verify(
         held_out = held_out if type(held_out) is int else None
         dataset = dataset or str(named.get("dataset"))
         network = load_named(dataset, **which)
-        data = load(
-            dataset,
-            train=held_out is not None,
-            data_dir=data_dir or network.data_dir,
-            download=download,
+        data = load_images(
+            dataset, network, data_dir=data_dir, download=download, held_out=held_out
         )
-        if held_out is not None:
-            _, data = data.split(held_out)
         layers = record.get("layers")
         total = len(layers) if isinstance(layers, list) else 0
         with tqdm(total=total, unit="bound", disable=None, leave=False) as bar:

@@ -12,6 +12,7 @@ import torch
 
 import models
 from certify import Certificate, CertifiedModel, Report, evaluate, load_model
+from certify.attack import Effort
 from certify.data import ImageData, load, pixels
 from certify.evaluation import epsilon_name
 from certify.plots import plot_certified_accuracy
@@ -146,7 +147,7 @@ def test_best_says_which_certificate_won_and_what_attacks_leave() -> None:
     model = models.build("mlp", hidden=(12,), activation="softplus")
     data = load("mnist-5k", train=False).head(40)
     certified = CertifiedModel(model, (1, 28, 28))
-    report = evaluate(certified, data, (0.0, 0.1, 0.5), certificate="best", attack=True)
+    report = evaluate(certified, data, (0.0, 0.1, 0.5), certificate="best", attack=Effort())
     assert list(report.radii) == ["lipschitz", "curvature", "dual"]
     assert sum(report.won.values()) == int((report.found.radius > 0).sum())
     assert report.won["dual"] + report.won["curvature"] > 30
