@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from certify.architectures import ArchitectureError, build, is_users
 from certify.files import write_atomically
 
 _FORMAT = "certify checkpoint 1"
+
+_MOST_ENTRIES = 2**26
+"""Of one input: a hostile file shall not ask for all memory by its shape."""
 
 
 class CheckpointError(ValueError):
@@ -69,7 +75,7 @@ class Checkpoint:
                 f"pass --arch {self.model}"
             )
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _at_most(20 * len(self.state_dict) + 1000):
                 model = build(self.model, self.hyperparameters)
             expected = model.state_dict()
             for name in sorted(expected.keys() | self.state_dict.keys()):
@@ -81,6 +87,8 @@ class Checkpoint:
                         f"{name!r} should be {wanted.dtype} {tuple(wanted.shape)}, "
                         f"is {found.dtype} {tuple(found.shape)}"
                     )
+                if found.is_meta or found.layout != torch.strided or not _is_stored(found):
+                    raise ValueError(f"{name!r} is not stored entry by entry")
             model.load_state_dict(self.state_dict, assign=True)
         except Exception as error:  # the file's versions of modules can be anything
             cause = error.__cause__ if isinstance(error, ArchitectureError) else None
@@ -94,6 +102,29 @@ class Checkpoint:
                 f"the weights do not fit the architecture {self.model!r}: {reason}"
             ) from error
         return model.eval()
+
+
+@contextmanager
+def _at_most(modules: int) -> Iterator[None]:
+    """Refuse to build an architecture of more modules than that."""
+    count = 0
+
+    def note(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        nonlocal count
+        count += 1
+        if count > modules:
+            raise ValueError("it has far more layers than the file has weights")
+
+    handle = register_module_module_registration_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _is_stored(tensor: Tensor) -> bool:
+    """Whether each entry has its own place in the file."""
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -173,6 +204,9 @@ def parse_checkpoint(content: Any, path: str | Path) -> Checkpoint:
             and isinstance(checkpoint.dataset, str)
             and isinstance(checkpoint.data_dir, str | None)
             and isinstance(checkpoint.config, dict)
+            and isinstance(checkpoint.config.get("method"), str | None)
+            and all(size > 0 for size in checkpoint.input_shape)
+            and math.prod(checkpoint.input_shape) <= _MOST_ENTRIES
         )
     except (TypeError, ValueError):
         well_formed = False

@@ -42,6 +42,8 @@ def lattice_norm_at_most(kernel: Tensor, bound: float, most: int = MOST) -> bool
         most: factorisations that may be tried.
     """
     kernel = kernel.detach().to("cpu", torch.float64)
+    if not bool(torch.isfinite(kernel).all()):
+        return False
     largest = kernel.abs().amax().item() if kernel.numel() else 0.0
     if largest == 0.0:
         return bound >= 0.0
@@ -106,18 +108,21 @@ def _split(centres: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
 def _below(kernel: Tensor, centres: Tensor, limit: float) -> Tensor:
     """Whether the norms at frequencies are proven to be below a limit, ``(cells,)``.
 
-    A computed entry of the symbol is off by ``gamma_k sum_t |K_t|``, with some sixty roundings in
-    a phase; one of the Gram matrix by ``gamma_n`` times the norms of its rows, which add up to the
-    trace.
+    With angles up to ``2 pi (T_j - 1)`` along axis ``j`` of ``d``, which are added, a phase is off
+    by ``(d + 1) 2 pi sum_j (T_j - 1)`` units, and by some more from sine and cosine. A computed
+    entry of the symbol is off by that and ``gamma_k`` times ``sum_t |K_t|``; one of the Gram matrix
+    by ``gamma_n`` times the norms of its rows, which add up to the trace.
     """
     rows, columns = kernel.shape[:2]
     flat = kernel.reshape(rows * columns, -1)
     size = torch.linalg.vector_norm(flat.abs().sum(dim=1)).item()
-    shift = limit - 2.0 * (flat.shape[1] + 80) * _UNIT * size
+    taps = kernel.shape[2:]
+    angles = (len(taps) + 1) * 2.0 * math.pi * sum(count - 1 for count in taps)
+    shift = limit - 2.0 * (flat.shape[1] + angles + 80.0) * _UNIT * size
     if not 0.0 < shift < math.inf:
         return torch.zeros(len(centres), dtype=torch.bool)
     identity = torch.eye(rows, dtype=torch.complex128)
-    places = _places(tuple(kernel.shape[2:]))
+    places = _places(tuple(taps))
     found = []
     for part in centres.split(max(1, _CHUNK // max(rows * columns, len(places)))):
         phases = torch.exp(-1j * (part @ places.mT)) if places.shape[1] else part.new_ones(1, 1)

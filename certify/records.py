@@ -183,12 +183,15 @@ def read_record(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = json.loads(text)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise RecordError(f"{path} is not a certificate of this project")
+        # Digits of a number that make no difference to its value are looked at as well.
+        same = content.get("sha256") == digest_of(content) and text == _text(content)
+    except RecordError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"cannot read the certificate {path}: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RecordError(f"{path} is not a certificate of this project")
-    # Digits of a number that make no difference to its value are looked at as well.
-    if content.get("sha256") != digest_of(content) or text != _text(content):
+    if not same:
         raise RecordError(f"{path} was changed after it was written: its SHA-256 does not fit")
     return content
 

@@ -33,7 +33,9 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, UnsupportedModel, TrainingDiverged) as error:
-        raise InputError(" ".join(str(error).split())) from error
+        line = " ".join(str(error).split())  # from files, too, which may hold anything
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        raise InputError(shown) from error
 
 
 ARCHITECTURES = "a name, torchvision:NAME, or package.module:factory"

@@ -132,6 +132,9 @@ def test_foreign_files(tmp_path: Path, content: Any) -> None:
         {"input_shape": 4},
         {"dataset": None},
         {"config": 1},
+        {"config": {"method": ["x"]}},
+        {"input_shape": (1, 20_000, 20_000)},
+        {"input_shape": (1, 0, 4)},
     ],
     ids=str,
 )
@@ -157,6 +160,29 @@ def test_fields_of_another_type(tmp_path: Path, wrong: dict[str, Any]) -> None:
 def test_weights_of_another_architecture(tmp_path: Path, wrong: dict[str, Any]) -> None:
     example(**wrong).save(tmp_path / "ckpt.pt")
     with pytest.raises(CheckpointError, match="the weights do not fit the architecture"):
+        load_model(tmp_path / "ckpt.pt")
+
+
+def test_weights_that_are_not_in_the_file(tmp_path: Path) -> None:
+    """A few bytes that stand for gigabytes."""
+    hyperparameters = {"hidden": (10**9,), "input_shape": (1, 4, 4), "num_classes": 3}
+    with torch.device("meta"):
+        shapes = models.build("mlp", **hyperparameters).state_dict()
+    one = torch.zeros(1)
+    for state in ({n: one.expand(s.shape) for n, s in shapes.items()}, dict(shapes)):
+        saved = example(hyperparameters=hyperparameters, state_dict=state)
+        saved.save(tmp_path / "ckpt.pt")
+        assert (tmp_path / "ckpt.pt").stat().st_size < 10_000
+        with pytest.raises(CheckpointError, match="is not stored entry by entry"):
+            load_model(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"), [("resnet20", 6 * 10**6 + 2), ("liresnet", (10**8, 1))], ids=str
+)
+def test_an_architecture_without_end_is_given_up(tmp_path: Path, name: str, depth: object) -> None:
+    example(model=name, hyperparameters={"depth": depth}).save(tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="far more layers than the file has weights"):
         load_model(tmp_path / "ckpt.pt")
 
 

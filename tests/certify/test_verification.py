@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from certify import CertifiedModel
 from certify.data import ImageData
 from certify.evaluation import evaluate
 from certify.graph import LipschitzGraph
-from certify.grid_proofs import lattice_norm_at_most, norm_at_most
+from certify.grid_proofs import _below, _first, lattice_norm_at_most, norm_at_most
 from certify.records import (
     Recorder,
     RecordError,
@@ -31,6 +32,7 @@ from certify.verification import verify
 from ff_bounds import supremum_bracket
 
 SHAPE = (2, 6, 6)
+DATA = {"dataset": "none", "held_out": None}
 
 
 def network() -> nn.Sequential:
@@ -60,7 +62,7 @@ def recorded(
         network(), SHAPE, method=method, tighten=tighten, precision=precision, prove=recorder
     )
     report = evaluate(certified, data, (0.1,))
-    write_record(path, record_of(certified, recorder, report, data, {"dataset": "none"}, "a net"))
+    write_record(path, record_of(certified, recorder, report, data, DATA, "a net"))
     return path
 
 
@@ -153,6 +155,15 @@ def edits(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
             edit(f"{place} {value}", "images", place, value=value)
     for key, value in (("bound", 1e155), ("bound", 10**400), ("frequency", [[1], 0])):
         edit(f"{key} {value}"[:40], "layers", 0, key, value=value)
+    for angle in (math.nan, math.inf, 1e308, 7.5):
+        edit(f"angle {angle}", "layers", 0, "frequency", 0, value=angle)
+    for held_out in ("5", 5.0, True, [5], 0, -1):
+        edit(f"held out {held_out}", "data", "held_out", value=held_out)
+    for place, key in (("model", "described"), ("data", "dataset"), ("versions", "torch")):
+        for value in (1, None, ["x"], "\x1b[2K"):
+            edit(f"{key} {value!r}", place, key, value=value)
+    edit("a note", "versions", "note", value="certified everywhere")
+    edit("a note on the data", "data", "note", value="certified everywhere")
     edit("something else", "certified", value=1.0)
     return found
 
@@ -181,6 +192,16 @@ def test_other_weights_or_images_are_refused(record: dict[str, Any]) -> None:
     data.images[0, 0, 0, 0] ^= 1
     with pytest.raises(RecordError, match="the images are not those of the certificate"):
         verify(record, network(), data)
+
+
+@pytest.mark.parametrize("depth", [80, 900, 990, 1000, 10_000])
+def test_certificates_that_are_nested(depth: int, tmp_path: Path, record: dict[str, Any]) -> None:
+    """One level less than what json refuses is enough for what follows it."""
+    path = tmp_path / "cert.json"
+    text = json.dumps({**record, "versions": "here"}, indent=1)
+    path.write_text(text.replace('"here"', "[" * depth + "]" * depth))
+    with pytest.raises(RecordError):
+        read_record(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": "certify certificate 1"}'])
@@ -219,6 +240,7 @@ def test_norms_on_a_grid(shape: tuple[int, ...], scale: float) -> None:
     assert not lattice_norm_at_most(kernel, 0.0)
     assert not lattice_norm_at_most(kernel, math.inf)
     assert not lattice_norm_at_most(kernel, math.nan)
+    assert not lattice_norm_at_most(kernel * math.inf, 2.0**200)
     assert lattice_norm_at_most(torch.zeros(shape), 0.0)
 
 
@@ -232,6 +254,30 @@ def test_peaks_between_the_frequencies_of_a_grid_are_not_missed(taps: int) -> No
         kernel = torch.stack(blocks).reshape(1, 2, 2, taps)
         assert not lattice_norm_at_most(kernel, taps * (1 - 1e-9))
         assert lattice_norm_at_most(kernel, taps * (1 + 1e-9))
+
+
+def test_rounded_angles_of_long_kernels_are_paid_for() -> None:
+    """At places where the angle is rounded most, in the direction that lowers the norm."""
+    taps = 700
+    centres, _ = _first((1, taps))
+    for centre in centres[-40:]:
+        angles = torch.arange(taps, dtype=torch.float64) * centre[1]
+        exact = [Fraction(centre[1].item()) * place for place in range(taps)]
+        off = [float(Fraction(a) - e) for a, e in zip(angles.tolist(), exact, strict=True)]
+        slopes = torch.sin(angles) * torch.tensor(off, dtype=torch.float64)
+        up, down = int(slopes.argmax()), int(slopes.argmin())
+        kernel = torch.zeros(1, 1, 1, taps, dtype=torch.float64)
+        kernel[..., up] = 1.0
+        kernel[..., down] = -torch.sin(angles[up]) / torch.sin(angles[down])
+        flat = kernel.flatten().tolist()
+        kernel[..., 0] += 0.05 - sum(k * math.cos(a) for k, a in zip(flat, angles, strict=True))
+        size = kernel.abs().sum().item()
+        # By cosines alone the norm is 0.05; what is computed of it may be less than it really is.
+        real = sum(
+            k * (math.cos(a) + math.sin(a) * o)
+            for k, a, o in zip(kernel.flatten().tolist(), angles.tolist(), off, strict=True)
+        )
+        assert not _below(kernel, centre[None], abs(real) - 1e-14 * size)[0]
 
 
 def test_operators_with_padding_by_copies() -> None:
