@@ -40,7 +40,8 @@ class Certificate:
         """Whether each input is right and stays right at every L2 distance up to ``epsilon``.
 
         The one definition of "certified" in this project: the prediction equals the label and
-        ``radius > epsilon``, or ``epsilon`` is zero and the prediction is right.
+        ``radius > epsilon``, or ``epsilon`` is zero and the prediction is right. On a machine that
+        rounds a radius of zero says nothing of its prediction: it has to be larger.
 
         Args:
             labels: ``(N,)`` true classes.
@@ -55,7 +56,8 @@ class Certificate:
         if not epsilon >= 0:
             raise ValueError(f"expected epsilon >= 0, got {epsilon}")
         right = self.prediction == labels
-        return right & (self.radius > epsilon) if epsilon > 0 else right
+        known = epsilon > 0 or self.exact is not None
+        return right & (self.radius > epsilon) if known else right
 
 
 def certificate(logits: Tensor, margin_lipschitz: Tensor) -> Certificate:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
 from certify.attack import Adversary
 from certify.bounding import Norms
+from certify.centres import proven_walk
 from certify.certificates import Certificate, check_certificate, largest_of
 from certify.certificates import certificate as certified_by_margins
 from certify.dual import STEPS, DualResult
@@ -24,7 +25,7 @@ from certify.local_radius import local_certificate
 from certify.norms import Prove, check_method, proven_norms
 from certify.operators import Weighted
 from certify.precision import precision as precision_named
-from certify.signal import Signal, UnsupportedModel
+from certify.signal import Signal, UnknownRounding, UnsupportedModel
 from certify.smooth_radii import SmoothRadii
 from certify.tightening import NetworkBound, bound_network
 from certify.tracing import refuse_what_tracing_misses
@@ -38,12 +39,13 @@ class CertifiedModel:
     on the original's device; logits are computed there, in float64.
 
     What is proven: without a ``precision``, the radii hold for the network with the stored weights,
-    computed in exact arithmetic. The bounds include all rounding, but not that of the float64 pass
-    that computes the logits (about 1e-13 relative). With a ``precision``, the radii hold for what a
-    machine computes in that arithmetic (`certify.precision` says what is assumed of it), here and
-    at the perturbed inputs, and the rounding of the float64 pass is paid for as well. Not included
-    then is the rounding of the values and gradients that certificates other than ``"lipschitz"``
-    use away from the input.
+    computed in exact arithmetic. The bounds include all rounding, and that of the float64 pass that
+    computes the logits is paid for, as far as `rounding_is_known`; else it is not (about 1e-13
+    relative). With a ``precision``, the radii hold for what a machine computes in that arithmetic
+    (`certify.precision` says what is assumed of it), here and at perturbed inputs that are numbers
+    of it, or of float32 where it is coarser. Not included then is the rounding of the
+    float64 gradients, and of values other than the logits at the input, that certificates other
+    than ``"lipschitz"`` use.
 
     Args:
         model: a module that maps ``(N, *input_shape)`` to logits ``(N, C)``.
@@ -57,8 +59,7 @@ class CertifiedModel:
         domain: smallest and largest entry of an input, ``(0, 1)`` for images. Only networks that
             multiply tensors that depend on the input (squeeze and excitation) need it; what is
             proven then holds for perturbed inputs within the domain, and rests on the network's
-            values at its centre, computed in float64 with an allowance of 1e-9 for rounding
-            (`certify.products`).
+            values at its centre (`certify.products`).
 
     Raises:
         UnsupportedModel: an operation that has no rule, or cannot have one.
@@ -96,18 +97,33 @@ class CertifiedModel:
         self.domain = domain
         self._device = graph.device
         self._graph = graph
-        self._output = output = graph.walk()
+        self._output = output = proven_walk(graph, lambda some: prove(some, method))
         refuse_other_results(model, self._model, input_shape)
         self._shape = output.shape
         if len(self._shape) != 2:
             raise UnsupportedModel(f"expected logits (N, C), got shape {self._shape}")
-        self._rounding: ForwardError | None = None
-        if precision is not None:
-            self._rounding = ForwardError(graph, output, self._norms)
         self._bound = bound_network(output, method, tighten, prove)
-        if self._rounding is not None:  # whatever may be refused is so here
-            start = torch.zeros(1, *self.input_shape, dtype=torch.float64, device=self._device)
-            self._allowance(start, Certificate(start.new_zeros(1).long(), start.new_ones(1)))
+        if precision is not None or prove is not proven_norms:  # whatever may be refused is so here
+            self._check_rounding()
+
+    @cached_property
+    @torch.inference_mode(False)
+    def _rounding(self) -> ForwardError:
+        return ForwardError(self._graph, self._output, self._norms)
+
+    @cached_property
+    def rounding_is_known(self) -> bool:
+        """Whether radii account for the rounding of the pass that computes the logits here."""
+        try:
+            self._check_rounding()
+        except UnknownRounding:
+            return False
+        return True
+
+    def _check_rounding(self) -> None:
+        start = torch.zeros(1, *self.input_shape, dtype=torch.float64, device=self._device)
+        one = None if self.precision is None else start.new_ones(1)
+        self._allowance(start, start.new_zeros(1).long(), one)
 
     def _norms(self, operators: Sequence[Weighted]) -> Norms:
         """Norms of operators, as far as they are not proven already."""
@@ -221,14 +237,16 @@ class CertifiedModel:
         with torch.no_grad():
             logits = self._logits_within(x)
             x = x.to(self._device, torch.float64)
+            classes = logits.argmax(dim=1)
+            if self.precision is None:
+                allowance = self._allowance(x, classes) if self.rounding_is_known else None
+                found = self._certified(x, logits, certificate, allowance)
+                return Certificate(classes, _where_same(found, classes))
             exact = self._certified(x, logits, certificate, None)
-            if self._rounding is None:
-                return exact
-            allowance, farthest = self._allowance(x, exact)
+            allowance = self._allowance(x, classes, exact.radius)
             found = self._certified(x, logits, certificate, allowance)
-            same = found.prediction == exact.prediction
-            radius = torch.where(same, torch.minimum(found.radius, farthest), 0.0)
-            return Certificate(exact.prediction, radius, exact.radius)
+            radius = torch.minimum(_where_same(found, classes), _farthest(exact.radius))
+            return Certificate(classes, radius, exact.radius)
 
     def _certified(
         self, x: Tensor, logits: Tensor, kind: str, allowance: Tensor | None
@@ -251,16 +269,11 @@ class CertifiedModel:
             return plain
         return largest_of([self.smooth.by_curvature(x, logits), plain])[0]
 
-    def _allowance(self, x: Tensor, exact: Certificate) -> tuple[Tensor, Tensor]:
-        """By how much rounding can change margins ``(N, C)`` within a radius, and that radius.
-
-        Radii are limited to what leaves numbers to compute with.
-        """
-        assert self._rounding is not None
-        assert self.precision is not None
-        farthest = exact.radius.clamp_max(2.0**20)
-        found = self._rounding.margin_bounds(x, farthest, self.precision, exact.prediction)
-        return found.nan_to_num(nan=torch.inf, posinf=torch.inf), farthest
+    def _allowance(self, x: Tensor, classes: Tensor, radius: Tensor | None = None) -> Tensor:
+        """By how much rounding can change margins ``(N, C)``: here, and within a radius."""
+        within = None if radius is None else _farthest(radius)
+        found = self._rounding.margin_bounds(x, within, self.precision, classes)
+        return found.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def dual(self, x: Tensor, *, steps: int = STEPS, early_exit: bool = True) -> DualResult:
         """Bound the distances to all other classes from both sides; see `certify.dual`.
@@ -276,15 +289,15 @@ class CertifiedModel:
         with torch.no_grad():
             logits = self._logits_within(x)
             x = x.to(self._device, torch.float64)
-            exact = self.smooth.dual(x, logits, steps=steps, early_exit=early_exit)
-            if self._rounding is None:
-                return exact
+            classes = logits.argmax(dim=1)
+            proven = partial(self.smooth.dual, x, logits, steps=steps, early_exit=early_exit)
+            if self.precision is None:
+                allowance = self._allowance(x, classes) if self.rounding_is_known else None
+                return proven(allowance=allowance)
+            exact = proven()
             smallest = exact.lower.amin(dim=1)
-            allowance, farthest = self._allowance(x, exact.certificate())
-            found = self.smooth.dual(
-                x, logits, allowance=allowance, steps=steps, early_exit=early_exit
-            )
-            lower = torch.minimum(found.lower, farthest[:, None])
+            found = proven(allowance=self._allowance(x, classes, smallest))
+            lower = torch.minimum(found.lower, _farthest(smallest)[:, None])
             lower.scatter_(1, found.prediction[:, None], torch.inf)
             passes = exact.passes + found.passes
             return replace(found, lower=lower, passes=passes, exact=smallest)
@@ -353,6 +366,16 @@ def _proven(bound: Tensor) -> Tensor:
     if bool(torch.isnan(bound).any()):
         raise ValueError("the Lipschitz bound is NaN; are the weights sane?")
     return bound.clone()
+
+
+def _farthest(radius: Tensor) -> Tensor:
+    """Radii, limited to what leaves numbers to compute with."""
+    return radius.clamp_max(2.0**20)
+
+
+def _where_same(found: Certificate, classes: Tensor) -> Tensor:
+    """Radii of these classes; zero where the certificate is about another one."""
+    return torch.where(found.prediction == classes, found.radius, 0.0)
 
 
 def _within(x: Tensor, domain: Sequence[float]) -> bool:

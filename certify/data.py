@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -161,8 +162,8 @@ def _torchvision(name: str, train: bool, data_dir: str, download: bool) -> Image
     )
     try:
         source = getattr(datasets, kind)(data_dir, download=download, **split)
-    except (RuntimeError, OSError, ValueError, ImportError) as error:
-        first_line = str(error).split("\n")[0]
+    except Exception as error:  # damaged files have no common type
+        first_line = str(error).split("\n")[0] or type(error).__name__
         raise DataError(
             f"no {name} under {data_dir} (expected {expected}): {first_line} "
             "Give another --data-dir, or --download to fetch it."
@@ -174,7 +175,11 @@ def _torchvision(name: str, train: bool, data_dir: str, download: bool) -> Image
         images = images.permute(0, 3, 1, 2)
     labels = source.labels if name == "svhn" else source.targets
     classes = tuple(getattr(source, "classes", "0123456789"))
-    return ImageData(images.contiguous(), torch.as_tensor(labels, dtype=torch.int64), classes)
+    labels = torch.as_tensor(labels, dtype=torch.int64)
+    fits = len(images) == len(labels) and bool(((labels >= 0) & (labels < len(classes))).all())
+    if images.ndim != 4 or not fits:
+        raise DataError(f"the {name} under {data_dir} is damaged: images and labels do not fit")
+    return ImageData(images.contiguous(), labels, classes)
 
 
 def _folder(path: Path, train: bool) -> ImageData:
@@ -182,16 +187,17 @@ def _folder(path: Path, train: bool) -> ImageData:
 
     root = path / ("train" if train else "test")
     try:
-        source = ImageFolder(str(root))
+        source = ImageFolder(str(root), loader=_read_image)
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"expected images at {root}/<class>/: {str(error).splitlines()[0]}"
         ) from error
+    _refuse_loops({Path(file).parent for file, _ in source.samples}, root)
     tensors: list[Tensor] = []
     for index, (file, _label) in enumerate(source.samples):
         try:
-            image = torch.from_numpy(np.array(source[index][0])).permute(2, 0, 1)
-        except (OSError, ValueError, SyntaxError) as error:
+            image = source[index][0]
+        except Exception as error:  # decoders fail in any way
             raise DataError(f"cannot read the image {file}: {error}") from error
         if tensors and image.shape != tensors[0].shape:
             raise DataError(
@@ -203,6 +209,22 @@ def _folder(path: Path, train: bool) -> ImageData:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         images, labels = images[order], labels[order]
     return ImageData(images, labels, tuple(source.classes))
+
+
+def _read_image(path: str) -> Tensor:
+    """Read an image as ``(3, H, W)`` uint8."""
+    with Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError("it has more than 8 bits per channel; convert it first")
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _refuse_loops(folders: set[Path], root: Path) -> None:
+    """Refuse a link to a folder that it is in, by which images would count many times."""
+    for folder in folders:
+        above = [parent.resolve() for parent in folder.parents if parent.is_relative_to(root)]
+        if folder.resolve() in above:
+            raise DataError(f"{folder} leads back to a folder that it is in")
 
 
 def _size(image: Tensor) -> str:

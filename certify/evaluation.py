@@ -38,7 +38,8 @@ class Report:
         costs: seconds that each kind took, bounds of the network left out, over those of logits.
         passes: forward-backward passes for each image of the dual certificate.
         attack: what attacks found, if they were tried.
-        precision: the arithmetic that the radii are about, or ``"exact"``.
+        precision: the arithmetic that the radii are about, or ``"exact"``; ``"exact beyond the
+            logits"`` where it is not known how much the pass that computes these rounds.
     """
 
     labels: Tensor
@@ -288,8 +289,14 @@ def evaluate(
         costs={kind: times[kind] / times["logits"] for kind in asked if times["logits"]},
         passes=passes / len(data) if "dual" in kinds else None,
         attack=attacked,
-        precision="exact" if certified.precision is None else certified.precision.name,
+        precision=_arithmetic(certified),
     )
+
+
+def _arithmetic(certified: CertifiedModel) -> str:
+    if certified.precision is not None:
+        return certified.precision.name
+    return "exact" if certified.rounding_is_known else "exact beyond the logits"
 
 
 def check_data(

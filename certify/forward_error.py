@@ -61,6 +61,11 @@ class ForwardError:
         self.operations = graph.operations()
         for operation in self.operations.values():
             operation.check()
+        if graph.computes_constants:
+            raise UnknownRounding(
+                "the forward computes constants, which are rounded each time; make them parameters "
+                "or buffers"
+            )
         self._graph = graph
         self._measure = measure
         self._constants: dict[tuple[fx.Node, int], Tensor] = {}
@@ -105,8 +110,12 @@ class ForwardError:
         here, there = self._walked(x, radius, precision)
         return there.carried[self.output], here.carried[self.output]
 
+    def errors_at(self, x: Tensor) -> dict[tuple[fx.Node, int], Tensor]:
+        """Bound the L2 errors ``(N,)`` of all tensors of the float64 pass at ``x``."""
+        return self._walked(x, None, None)[0].errors
+
     def margin_bounds(
-        self, x: Tensor, radius: Tensor, precision: Precision, classes: Tensor
+        self, x: Tensor, radius: Tensor | None, precision: Precision | None, classes: Tensor
     ) -> Tensor:
         """Bound the errors of the differences of logits.
 
@@ -117,7 +126,7 @@ class ForwardError:
         Args:
             x: as for `bounds`, and so are the next two.
             radius: of the balls.
-            precision: of the machine.
+            precision: of the machine, or ``None`` for one that does not round.
             classes: ``(N,)``.
 
         Returns:
@@ -138,12 +147,17 @@ class ForwardError:
         pairs = product_bound(step.operator.row_difference_bound()[classes], features[:, None])
         return round_up(pairs + 2.0**0.5 * local[:, None], 5)
 
-    def _walked(self, x: Tensor, radius: Tensor, precision: Precision) -> tuple[_Walk, _Walk]:
-        """Walk at the samples, and in the balls around them."""
-        here = _Walk(self, self._graph, PRECISIONS["float64"], torch.zeros_like(radius), None)
-        there = _Walk(self, self._graph, precision, radius, here.errors)
+    def _walked(
+        self, x: Tensor, radius: Tensor | None, precision: Precision | None
+    ) -> tuple[_Walk, ...]:
+        """Walk at the samples and, on a machine that rounds, in the balls around them."""
+        none = x.new_zeros(len(x))
+        here = _Walk(self, self._graph, PRECISIONS["float64"], none, None)
         with torch.no_grad():
             here.run(x.clone())
+            if precision is None or radius is None:
+                return (here,)
+            there = _Walk(self, self._graph, precision, radius, here.errors)
             there.run(x.clone())
         return here, there
 

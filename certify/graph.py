@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -18,7 +20,7 @@ from certify.operators import Scale
 from certify.rules import REFUSALS, RULES
 from certify.rules.installed import register_installed
 from certify.rules.registry import ROUNDINGS
-from certify.rules.rounding import BY_OPERATOR, Rounding, exact
+from certify.rules.rounding import BY_OPERATOR, Call, exact, norms_of
 from certify.signal import (
     Affine,
     Input,
@@ -84,7 +86,7 @@ class LipschitzGraph:
         self._example = example
         with _evaluating(model):
             root = Root(model)
-            graph = trace(root, example)
+            graph, self.computes_constants = trace(root, example)
             _refuse_early(root, graph)
             shapes = check_against_module(root, graph, example)
             self._recorder = _Recorder(root, graph)
@@ -140,14 +142,28 @@ class LipschitzGraph:
         return before, after
 
     def _centres(self, like: Tensor, domain: tuple[float, float]) -> dict[str, tuple[float, float]]:
-        """Norms and largest entries of all tensors at the centre of the domain."""
+        """Norms and largest entries of all tensors at the centre of the domain, as computed."""
+        self._centre = torch.full_like(like, (domain[0] + domain[1]) / 2.0)
         with torch.no_grad():
-            tensors = self.tensors(torch.full_like(like, (domain[0] + domain[1]) / 2.0))
+            tensors = self.tensors(self._centre)
         return {
-            node: (torch.linalg.vector_norm(tensor).item(), tensor.abs().amax().item())
+            node: (norms_of(tensor.to(torch.float64)[None], 1).item(), tensor.abs().amax().item())
             for node, tensor in tensors.items()
             if tensor.is_floating_point() and tensor.numel()
         }
+
+    def centre(self) -> Tensor:
+        """The centre ``(1, *input_shape)`` of the domain."""
+        return self._centre.clone()
+
+    def allow_at_centre(self, errors: Mapping[str, float]) -> None:
+        """Raise what is computed at the centre of the domain by L2 errors, by `Signal.node`."""
+        centres = self._walker.centres
+        assert centres is not None
+        for node, error in errors.items():
+            if node in centres:
+                norm, largest = (_above(size + error) for size in centres[node])
+                centres[node] = norm, largest
 
     @property
     def module(self) -> nn.Module:
@@ -171,7 +187,10 @@ class LipschitzGraph:
         for n, results in placed.items():
             if n in needed:
                 sources = [
-                    signal for used in n.all_input_nodes for _, signal in placed.get(used, ())
+                    signal
+                    for used in n.all_input_nodes
+                    for place, signal in placed.get(used, ())
+                    if len(placed[used]) == 1 or _takes(n, place)
                 ]
                 constants = [used for used in n.all_input_nodes if used in computed]
                 found[n] = Operation(self.module, n, results, sources, bool(constants))
@@ -204,10 +223,12 @@ class Operation:
         self._key, self._name = _operation(root, n)
         self._label = label_of(n)
 
-    @property
-    def rounding(self) -> Rounding:
-        """How much it can round."""
-        return ROUNDINGS[self._key]
+    def rounding(self, call: Call) -> Tensor:
+        """How much it can round; raises `UnknownRounding` where that is not known."""
+        try:
+            return ROUNDINGS[self._key](call)
+        except UnknownRounding as reason:
+            raise UnknownRounding(f"node {self._label}: {reason}") from None
 
     def check(self) -> None:
         """Raise `UnknownRounding` where that is not known."""
@@ -222,7 +243,7 @@ class Operation:
                 f"node {self._label}: it is not known how much {self._name} can round"
             )
         for _, signal in self.results:
-            if self.rounding in BY_OPERATOR and isinstance(signal.step, Affine):
+            if ROUNDINGS[self._key] in BY_OPERATOR and isinstance(signal.step, Affine):
                 wraps = [s.parents[0] for s in self.sources if isinstance(s.step, Wrapping)]
                 if signal.parents[0] not in (*self.sources, *wraps):
                     raise UnknownRounding(f"node {self._label}: it rounds more than once")
@@ -301,7 +322,7 @@ class _Walker(fx.Interpreter):
         super().__init__(model, graph=graph)
         self.extra_traceback = False
         self._known_shapes = shapes
-        self._centres = centres
+        self.centres = centres
         self._start = start
         self._rules: dict[fx.Node, Callable[..., Any]] = {}
         self.sources: dict[str, fx.Node] = {}  # of what enters each activation
@@ -347,13 +368,17 @@ class _Walker(fx.Interpreter):
         return pytree.tree_unflatten(placed, structure)
 
     def _note_constant(self, n: fx.Node, value: Any) -> None:
-        """Note a constant that a machine computes with rounding, as it does what it is about."""
-        floating = any(
-            isinstance(leaf, Tensor) and leaf.is_floating_point()
-            for leaf in pytree.tree_leaves(value)
-        )
+        """Note a constant that a machine computes with rounding, as it does what it is about.
+
+        Places and comparisons of weights, too: a machine rounds these before.
+        """
+        given = pytree.tree_leaves([self.env[used] for used in n.all_input_nodes])
+        found = pytree.tree_leaves(value)
         moved = ROUNDINGS.get(_operation(self.module, n)[0]) is exact
-        if floating and (not moved or any(used in self.computed for used in n.all_input_nodes)):
+        moved = moved and (not any(map(_is_floating, given)) or all(map(_is_floating, found)))
+        floating = any(map(_is_floating, [*given, *found]))
+        rounds = floating and not moved and not _asks_for_size(n)
+        if rounds or any(used in self.computed for used in n.all_input_nodes):
             self.computed.add(n)
 
     def _placed(self, n: fx.Node, index: int, result: Any, shape: tuple[int, ...]) -> Any:
@@ -363,7 +388,7 @@ class _Walker(fx.Interpreter):
         if not shape or shape[0] != BATCH:
             raise UnsupportedModel(f"node {label_of(n)}: the result loses the batch axis")
         node = node_name(n, index)
-        centre = None if self._centres is None else self._centres.get(node)
+        centre = None if self.centres is None else self.centres.get(node)
         if result.node and result.shape == shape and result.centre == centre:
             return result  # the rule gave back what it got
         if isinstance(result.step, Input) and result.node:  # there is one, with one centre
@@ -393,6 +418,27 @@ def _refuse_early(root: nn.Module, graph: fx.Graph) -> None:
         weights = _is_module(n) and all(used.op == "get_attr" for used in n.all_input_nodes)
         if key not in RULES and not weights and (_is_module(n) or functional):
             raise _refusal(root, n)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _above(number: float) -> float:
+    return math.nextafter(number, math.inf)
+
+
+def _takes(n: fx.Node, place: int) -> bool:
+    """Whether a node may use the result at that place of an operation with several."""
+    chosen = n.args[1] if n.target is operator.getitem else None
+    return type(chosen) is not int or chosen == place
+
+
+def _asks_for_size(n: fx.Node) -> bool:
+    """Whether a node is about a tensor's shape, type or place, not about its values."""
+    if n.op == "call_method":
+        return n.target in ("size", "dim", "ndimension", "numel", "nelement", "stride")
+    return n.target is len or (n.target is getattr and n.args[1] in ("shape", "ndim", "device"))
 
 
 def _is_module(n: fx.Node) -> bool:

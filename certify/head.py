@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.bounding import in_order
+from certify.centres import proven_walk
 from certify.graph import LipschitzGraph
 from certify.sensitivity import is_twice_differentiable
 from certify.signal import Input, Signal, Slopes, UnsupportedModel
@@ -61,7 +62,7 @@ def smooth_head(
     before, after = graph.split(cut.node)
     if isinstance(cut.step, Input):
         return SmoothHead(after, whole, None, one)
-    start = LipschitzGraph(before, graph.input_shape, graph.domain).walk()
+    start = proven_walk(LipschitzGraph(before, graph.input_shape, graph.domain))
     end = LipschitzGraph(after, cut.shape[1:]).walk()
     lipschitz = bound_network(start, method, tighten).lipschitz
     return SmoothHead(after, bound_network(end, method, tighten), before, lipschitz)

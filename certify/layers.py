@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.bounding import Bounding, Norms
+from certify.centres import proven_walk
 from certify.certified_model import exact_copy
 from certify.evaluation import finite
 from certify.graph import LipschitzGraph
@@ -140,7 +141,7 @@ def report_layers(
     start = time.perf_counter()
     copied = exact_copy(model, tuple(images.shape[1:]))
     graph = LipschitzGraph(copied, tuple(images.shape[1:]), domain)
-    output = graph.walk()
+    output = proven_walk(graph)
     seconds = {"tracing": time.perf_counter() - start}
     found: dict[str, NetworkBound] = {}
     for level in TIGHTENINGS[: TIGHTENINGS.index(tighten) + 1]:

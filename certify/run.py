@@ -19,7 +19,7 @@ from certify import architectures
 from certify.augmentation import augmentations
 from certify.checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from certify.data import load
-from certify.files import write_text
+from certify.files import one_writer, write_text
 from certify.training import EpochMetrics, Trainer
 from certify.training_config import TrainingConfig
 
@@ -82,13 +82,18 @@ def run_training(
 
     Raises:
         ValueError: settings or data that do not fit (nothing is written), or a folder that
-            already holds a run.
+            already holds a run, or that another one is writing to.
+        OSError: the folder cannot be written, or the disk is full; an older checkpoint stays.
         TrainingDiverged: the loss is no longer finite; the last good checkpoint stays.
     """
     out = Path(out)
     path = out / "ckpt.pt"
-    if path.exists() and not (resume or overwrite):
-        raise ValueError(f"{path} exists; choose another --out, or --resume or --overwrite it")
+
+    def check_free() -> None:
+        if path.exists() and not (resume or overwrite):
+            raise ValueError(f"{path} exists; choose another --out, or --resume or --overwrite it")
+
+    check_free()
     device = choose_device(config.device)
     data = load(config.dataset, train=True, data_dir=config.data_dir, download=download)
     data, _ = data.split(config.training.hold_out)
@@ -105,16 +110,6 @@ def run_training(
     _refuse_other_state(model)
     trainer = Trainer(model, data, config.training, augment)
 
-    history: list[EpochMetrics] = []
-    if resume and path.exists():
-        history = _continue(trainer, load_checkpoint(path), config, hyperparameters, path)
-    out.mkdir(parents=True, exist_ok=True)
-    if overwrite and not history:
-        path.unlink(missing_ok=True)
-    write_text(out / "config.json", settings)
-
-    if on_start is not None:
-        on_start(trainer)
     checkpoint = Checkpoint(
         config.model,
         hyperparameters,
@@ -125,6 +120,31 @@ def run_training(
         config.data_dir,
         asdict(config.training),
     )
+    out.mkdir(parents=True, exist_ok=True)
+    with one_writer(out):
+        history: list[EpochMetrics] = []
+        if path.exists():
+            check_free()  # another run may have just written it
+            if resume:
+                history = _continue(trainer, load_checkpoint(path), config, hyperparameters, path)
+            else:
+                path.unlink()
+        write_text(out / "config.json", settings)
+        if on_start is not None:
+            on_start(trainer)
+        _run_epochs(trainer, checkpoint, out, history, on_step, on_epoch)
+    return load_checkpoint(path)
+
+
+def _run_epochs(
+    trainer: Trainer,
+    checkpoint: Checkpoint,
+    out: Path,
+    history: list[EpochMetrics],
+    on_step: Callable[[EpochMetrics], None] | None,
+    on_epoch: Callable[[EpochMetrics], None] | None,
+) -> None:
+    """Train to the end and keep what is written in ``out`` up to date."""
     finished, pause = trainer.finished, _Pause()
     while not finished:
         metrics = trainer.run_epoch(on_step)
@@ -135,11 +155,10 @@ def run_training(
                 weights = _on_cpu(trainer.result)
                 progress = None if finished else _progress(trainer, history)
                 checkpoint = replace(checkpoint, state_dict=weights, progress=progress)
-                checkpoint.save(path)
+                checkpoint.save(out / "ckpt.pt")
         write_text(out / "metrics.csv", _table(history))
         if on_epoch is not None:
             on_epoch(metrics)
-    return load_checkpoint(path)
 
 
 class _Pause:

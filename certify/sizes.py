@@ -8,8 +8,8 @@ on the example. Values of tensors stay unknown, and control flow that depends on
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,12 +40,16 @@ class SizeTracer(fx.Tracer):
 
     Args:
         example: a batch of inputs for the module that will be traced.
+
+    Attributes:
+        aside: what is entered around computations that are not the module's own.
     """
 
     def __init__(self, example: Tensor) -> None:
         super().__init__()
         self._example = example
         self._known: dict[fx.Node, Any] = {}
+        self.aside: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def proxy(self, node: fx.Node) -> Proxy:
         """Return a symbol for a node."""
@@ -111,7 +115,7 @@ class SizeTracer(fx.Tracer):
             else:
                 stack.pop()
                 if last not in self._known:
-                    with torch.no_grad(), _untraced():
+                    with torch.no_grad(), _untraced(), self.aside():
                         self._known[last] = self._run(last)
         return self._known[node]
 

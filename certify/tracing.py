@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from certify.rules import REFUSALS, RULES
 from certify.signal import UnsupportedModel
@@ -21,6 +22,16 @@ BATCH = len(_SCALES)  # samples in the example that checks the traced graph
 _PARTS = [1, 1, 1, 2]  # in which they are given to the module again
 
 _ROOT = "the model itself"
+
+_AUTOCAST = ("cpu", "cuda")
+
+_MOVES = {
+    "lift_fresh", "lift_fresh_copy", "detach", "alias", "clone", "_to_copy", "view", "_unsafe_view",
+    "reshape", "expand", "permute", "transpose", "t", "select", "slice", "unsqueeze", "squeeze",
+    "cat", "stack", "empty", "zeros", "ones", "full", "eye", "scalar_tensor", "empty_like",
+    "zeros_like", "ones_like", "full_like", "_local_scalar_dense", "fill_", "zero_", "copy_",
+}  # fmt: skip
+"""Operations of torch's core that make or move numbers and do not compute with them."""
 
 
 class _Tracer(SizeTracer):
@@ -33,6 +44,50 @@ class _Tracer(SizeTracer):
         known = kind in RULES or kind in REFUSALS
         torchs = kind.__module__.startswith("torch.nn") and kind is not nn.Sequential
         return known or torchs
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if any(torch.is_autocast_enabled(device) for device in _AUTOCAST):
+            raise UnsupportedModel(
+                "the forward switches autocast on, which a graph does not show; take it out and "
+                "pass a precision"
+            )
+        return super().create_node(kind, *args, **kwargs)
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in _AUTOCAST:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+class _Constants(TorchDispatchMode):
+    """Notes whether floating-point tensors are computed with."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.computed = False
+        self._aside = 0
+
+    @contextmanager
+    def left_alone(self) -> Iterator[None]:
+        """Not to be noted."""
+        self._aside += 1
+        try:
+            yield
+        finally:
+            self._aside -= 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self._aside and func.overloadpacket.__name__ not in _MOVES:
+            leaves = pytree.tree_leaves((args, kwargs, result))
+            self.computed |= any(
+                isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves
+            )
+        return result
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:
@@ -61,10 +116,19 @@ class Root(nn.Module):
         return self.model(x)
 
 
-def trace(root: Root, example: Tensor) -> fx.Graph:
-    """Trace a model with sizes as those of an example; refuse what cannot be traced."""
+def trace(root: Root, example: Tensor) -> tuple[fx.Graph, bool]:
+    """Trace a model with sizes as those of an example; refuse what cannot be traced.
+
+    Returns:
+        The graph, and whether constants in it were computed, with rounding, while it was traced.
+    """
+    tracer, constants = _Tracer(example), _Constants()
+    tracer.aside = constants.left_alone
     try:
-        return _Tracer(example).trace(root)
+        with _without_autocast(), constants:
+            return tracer.trace(root), constants.computed
+    except UnsupportedModel:
+        raise
     except Exception as error:  # whatever the user's forward raises on a symbolic input
         raise UnsupportedModel(
             f"the forward of {type(root.model).__name__} cannot be traced ({_reason(error)}); "

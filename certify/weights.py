@@ -39,6 +39,7 @@ class LoadedNetwork:
         dataset: the data that it was trained on; ``None`` if unknown.
         data_dir: where these were found, if it matters.
         method: the bound of convolutions that its training followed; ``None`` if unknown.
+        classes: of these data, in the order of the logits; empty if unknown.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class LoadedNetwork:
     dataset: str | None = None
     data_dir: str | None = None
     method: str | None = None
+    classes: tuple[str, ...] = ()
 
 
 def load_network(
@@ -140,6 +142,7 @@ def _from_checkpoint(
         checkpoint.dataset,
         checkpoint.data_dir,
         checkpoint.config.get("method"),
+        checkpoint.classes,
     )
 
 

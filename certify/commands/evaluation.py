@@ -108,6 +108,9 @@ def evaluate(
             raise InputError("pass --dataset: only a ckpt.pt of certify train names its own")
         images = "test images" if held_out is None else f"last {held_out:,} training images"
         click.echo(f"certifying {network.description} on the {images} of {dataset}")
+        data = load_images(
+            dataset, network, data_dir=data_dir, download=download, held_out=held_out, limit=limit
+        )
         chosen_method = method or network.method or "fantastic_four"
         if record_path:
             check_recordable(chosen_method, tighten, certificate)
@@ -132,9 +135,6 @@ def evaluate(
                 raise
             click.echo(f"radii of exact arithmetic: {reason}")
             certified = certified_in(None)
-        data = load_images(
-            dataset, network, data_dir=data_dir, download=download, held_out=held_out, limit=limit
-        )
         with tqdm(total=len(data), unit="image", disable=None, leave=False) as bar:
             try:
                 report = certify_data(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,23 @@ def load_images(
         data_dir=data_dir or network.data_dir,
         download=download,
     )
+    if dataset == network.dataset and network.classes and data.classes != network.classes:
+        raise InputError(
+            f"the network was trained on {dataset} with the classes {_few(network.classes)}; now "
+            f"they are {_few(data.classes)}"
+        )
+    if data.input_shape != network.input_shape:  # before anything of that size is computed
+        raise InputError(
+            f"the model takes images of shape {network.input_shape}, the data has "
+            f"{data.input_shape}"
+        )
     if held_out is not None:
         _, data = data.split(held_out)
     return data.head(limit)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 def images_options(command: Callable[..., None]) -> Callable[..., None]:

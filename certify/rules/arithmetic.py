@@ -12,7 +12,7 @@ from torch import Tensor
 
 from certify.operators import Matrix, Scale
 from certify.rules.registry import lipschitz_rule
-from certify.rules.rounding import elementwise, exact, of_products
+from certify.rules.rounding import elementwise, exact, multiplied, of_products
 from certify.signal import Product, Signal, Slopes, UnsupportedModel, side_by_side, total
 
 
@@ -69,7 +69,7 @@ def negate(x: Signal) -> Signal:
     "mul_",
     "multiply",
     "multiply_",
-    rounding=elementwise,
+    rounding=multiplied,
 )
 def multiply(x: Any, y: Any) -> Signal:
     """By a constant: the largest of its entries. A product of two signals: see `Product`."""
@@ -82,7 +82,7 @@ def multiply(x: Any, y: Any) -> Signal:
 
 @lipschitz_rule(
     operator.truediv, torch.div, torch.divide, torch.true_divide,
-    "div", "div_", "divide", "true_divide", rounding=elementwise,
+    "div", "div_", "divide", "true_divide", rounding=multiplied,
 )  # fmt: skip
 def divide(x: Any, y: Any, *, rounding_mode: None = None) -> Signal:
     """By a constant."""

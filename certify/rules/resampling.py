@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from certify.rules.affine import per_axis
 from certify.rules.registry import by_attributes, lipschitz_rule
-from certify.signal import Signal, UnsupportedModel
+from certify.rules.rounding import Call, exact
+from certify.signal import Signal, UnknownRounding, UnsupportedModel
 from ff_bounds import spectral_norm_bound
 from ff_bounds.rounding import UNIT_ROUNDOFF, gamma, round_up
 
@@ -102,7 +103,16 @@ def largest_coverage(
 _MODES = ("nearest", "nearest-exact", "area", "linear", "bilinear", "bicubic", "trilinear")
 
 
-@lipschitz_rule(F.interpolate)
+def _nearest(call: Call) -> Tensor:
+    """Of the nearest entries; the other modes compute weights, it is not known how."""
+    given = call.options.get("mode", call.arguments[3] if len(call.arguments) > 3 else "nearest")
+    mode = given if call.module is None else call.module.mode
+    if mode not in ("nearest", "nearest-exact"):
+        raise UnknownRounding(f"it is not known how much the mode {mode!r} can round")
+    return exact(call)
+
+
+@lipschitz_rule(F.interpolate, rounding=_nearest)
 def interpolate(
     input: Signal,
     size: Any = None,
@@ -181,6 +191,7 @@ by_attributes(
     nn.UpsamplingNearest2d,
     nn.UpsamplingBilinear2d,
     attributes="size scale_factor mode align_corners recompute_scale_factor",
+    rounding=_nearest,
 )
 
 

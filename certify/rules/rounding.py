@@ -68,12 +68,39 @@ class Call:
 
     @property
     def constants(self) -> list[Tensor]:
-        """Numbers and tensors among the arguments that do not depend on the input, and weights."""
-        leaves = pytree.tree_leaves((self.arguments, self.options))
-        own = [*self.module.parameters(False), *self.module.buffers(False)] if self.module else []
-        found = [torch.tensor(leaf, dtype=torch.float64) for leaf in leaves if type(leaf) is float]
+        """Numbers and tensors among the arguments that do not depend on the input, and weights.
+
+        Those of a module are all that it has.
+        """
+        module = self.module
+        own = [*module.parameters(False), *module.buffers(False)] if module else []
+        kept = list(vars(module).values()) if module else []
+        leaves = pytree.tree_leaves((self.arguments, self.options, kept))
+        numbers = [leaf for leaf in leaves if isinstance(leaf, int | float)]
+        found = [torch.tensor(_float(number), dtype=torch.float64) for number in numbers]
         tensors = [*self.fixed, *own]
         return [*found, *(t.to(torch.float64) for t in tensors if t.is_floating_point())]
+
+    def within(self, smallest: float, largest: float) -> Tensor:
+        """Whether all constants are zero, infinite, or of a size between two numbers."""
+        result = torch.ones((), dtype=torch.bool, device=self.leaving.device)
+        for constant in self.constants:
+            result = result & _is_within(constant, smallest, largest).to(result.device)
+        return result
+
+
+def _float(number: int | float) -> float:
+    """A number, or the largest of its sign."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.copysign(torch.finfo(torch.float64).max, number)
+
+
+def _is_within(constant: Tensor, smallest: float, largest: float) -> Tensor:
+    """Whether all entries are zero, infinite, or of a size between two numbers."""
+    size = constant.abs()
+    return (((size >= smallest) & (size <= largest)) | (size == 0) | size.isinf()).all()
 
 
 Rounding = Callable[[Call], Tensor]
@@ -97,15 +124,16 @@ def elementwise(call: Call) -> Tensor:
     return torch.where(_all_moderate(call), found, torch.inf)
 
 
+def multiplied(call: Call) -> Tensor:
+    """One multiplication or division, by constants too, which are rounded, or inverted first."""
+    found = round_up(call.precision.gamma(6) * call.leaving, 4) + call.underflow(4)
+    return torch.where(_all_moderate(call), found, torch.inf)
+
+
 def _all_moderate(call: Call) -> Tensor:
     """Whether constants are zero, infinite, or such that they and their reciprocals are normal."""
     smallest = 4.0 * call.precision.smallest
-    result = torch.ones((), dtype=torch.bool, device=call.leaving.device)
-    for constant in call.constants:
-        size = constant.abs()
-        normal = (size >= smallest) & (size <= 1.0 / smallest)
-        result = result & (normal | (size == 0) | size.isinf()).all().to(result.device)
-    return result
+    return call.within(smallest, 1.0 / smallest)
 
 
 def piecewise(call: Call) -> Tensor:
@@ -117,15 +145,21 @@ def piecewise(call: Call) -> Tensor:
     return round_up(elementwise(call) + moved * (1.0 + call.lipschitz), 4)
 
 
+_LARGEST = 2.0**40
+"""Of the constants of a library's functions, and of their reciprocals."""
+
+
 def of_library(call: Call) -> Tensor:
     """A function of each entry, from a library: see the module's text."""
     entering = call.lipschitz * call.entering
     sizes = call.leaving + entering + math.sqrt(call.entries[1])
     found = 32.0 * call.precision.sum_unit * sizes
     found = found + 2.0 * call.precision.unit * (call.leaving + entering)
-    found = round_up(found, 8) + call.underflow(8)
+    # A function may divide by a constant, or multiply what has vanished by one.
+    found = round_up(found, 8) + _LARGEST * call.underflow(8)
     # Nothing overflows inside, cubes not either.
-    return torch.where((call.entering < 2.0**40) & _all_moderate(call), found, torch.inf)
+    fits = call.within(1.0 / _LARGEST, _LARGEST) & _all_moderate(call)
+    return torch.where((call.entering < 2.0**40) & fits, found, torch.inf)
 
 
 def sixths(call: Call) -> Tensor:
@@ -173,7 +207,8 @@ def of_products(call: Call) -> Tensor:
     lost = call.precision.smallest * (1.0 + call.entering + size) * (weights + 2 * terms + 8)
     sums = call.precision.products if isinstance(operator, Matrix) else _sums_of(call, operator)
     found = sums(terms) * magnitude + lost * sum(call.entries)
-    return torch.where(magnitude < call.precision.largest / 8.0, round_up(found, 8), torch.inf)
+    fits = (magnitude < call.precision.largest / 8.0) & call.within(0.0, call.precision.largest / 8)
+    return torch.where(fits, round_up(found, 8), torch.inf)
 
 
 def _bias(call: Call) -> Tensor | None:
@@ -221,9 +256,10 @@ def normalisation(call: Call) -> Tensor:
     if module is None:
         given = dict(zip(("input", *names), call.arguments, strict=False)) | call.options
         mean, bias = given.get("running_mean"), given.get("bias")
+        weight = given.get("weight")
     else:
         mean = getattr(module, "running_mean", getattr(module, "mean", None))
-        bias = getattr(module, "bias", None)
+        bias, weight = getattr(module, "bias", None), getattr(module, "weight", None)
     largest = step.operator.bound()
     offset = torch.zeros_like(largest)
     for constant, factor in ((mean, largest), (bias, 1.0)):
@@ -231,14 +267,17 @@ def normalisation(call: Call) -> Tensor:
             offset = offset + _size_of(constant, call.entries[1]) * factor
     magnitude = round_up(largest * call.entering + offset, 5)
     found = round_up(call.precision.gamma(16) * magnitude, 8) + call.underflow(16)
-    # Neither epsilon nor a factor vanishes in the machine's precision.
+    # Neither epsilon nor a weight or factor vanishes or overflows in the machine's precision.
     factors = step.operator.factors.abs()
     moderate = ((factors == 0) | ((factors > 2.0**-100) & (factors < 2.0**60))).all()
     variance = given.get("running_var") if module is None else getattr(module, "running_var", None)
     if isinstance(variance, Tensor):
         moderate = moderate & ((variance >= 0) & (variance < 2.0**60)).all()
         epsilon: Any = given.get("eps", 1e-5) if module is None else module.eps
-        moderate = moderate & (float(epsilon) > 2.0**-60)
+        moderate = moderate & (2.0**-60 < float(epsilon) < 2.0**60)
+    for constant, smallest in ((mean, 0.0), (bias, 0.0), (weight, 2.0**-60)):
+        if isinstance(constant, Tensor):
+            moderate = moderate & _is_within(constant, smallest, 2.0**60)
     fits = magnitude < call.precision.largest / 8.0
     return torch.where(moderate & fits, found, torch.inf)
 
@@ -265,7 +304,7 @@ def _size_of(constant: Tensor, entries: int) -> Tensor:
 
 def norms_of(values: Tensor, axis: int) -> Tensor:
     """Upper bounds of L2 norms over all axes from one on, whose squares may leave the range."""
-    flat = values.reshape(*values.shape[:axis], -1)
+    flat = values.reshape(*values.shape[:axis], math.prod(values.shape[axis:]))
     if not flat.shape[-1]:
         return flat.new_zeros(flat.shape[:-1])
     largest = flat.abs().amax(dim=-1, keepdim=True)

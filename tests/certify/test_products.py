@@ -194,3 +194,23 @@ def test_products_with_indices_are_refused_or_infinite(function: object) -> None
     assert callable(function)
     with pytest.raises(UnsupportedModel, match="whole numbers"):
         CertifiedModel(Apply(function), (3,), domain=UNIT)
+
+
+def test_a_value_at_the_centre_that_rounding_lost_is_paid_for() -> None:
+    """The gate is computed as zero and is a hundred."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 1), nn.Linear(1, 1)
+            for parameter in self.parameters():
+                nn.init.zeros_(parameter)
+            nn.init.constant_(self.first.bias, 2.0**60)
+            nn.init.ones_(self.second.weight)
+            nn.init.constant_(self.second.bias, -(2.0**60))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.second(self.first(x) + 100.0)
+
+    certified = CertifiedModel(Net().double(), (4,), domain=UNIT)
+    assert certified.lipschitz() >= 100.0
