@@ -30,6 +30,17 @@ from certify.smooth_radii import SmoothRadii
 from certify.tightening import NetworkBound, bound_network
 from certify.tracing import refuse_what_tracing_misses
 
+_LOCAL_PASSES = 3
+"""Whose rounding a local certificate pays for.
+
+It rests on what enters activations ``a`` in one pass in float64, and on logits of another. Take a
+network that adds, behind each operation, what that pass rounded there. It computes exactly ``a``
+and the pass's own logits; its slopes are those of the network, so that the local bounds at ``a``
+are about it; and from the network it differs, everywhere, by the bound of a pass's error at most.
+So from the logits that are used to the pass's own, by way of the exact ones, two errors count, and
+from the one network to the other a third.
+"""
+
 
 class CertifiedModel:
     """A snapshot of a classifier, ready to certify inputs.
@@ -43,9 +54,8 @@ class CertifiedModel:
     computes the logits is paid for, as far as `rounding_is_known`; else it is not (about 1e-13
     relative). With a ``precision``, the radii hold for what a machine computes in that arithmetic
     (`certify.precision` says what is assumed of it), here and at perturbed inputs that are numbers
-    of it, or of float32 where it is coarser. Not included then is the rounding of the
-    float64 gradients, and of values other than the logits at the input, that certificates other
-    than ``"lipschitz"`` use.
+    of it, or of float32 where it is coarser. Not included is the rounding of gradients, and of
+    values at points other than the input, in ``"curvature"`` and ``"dual"`` certificates.
 
     Args:
         model: a module that maps ``(N, *input_shape)`` to logits ``(N, C)``.
@@ -234,16 +244,26 @@ class CertifiedModel:
         check_certificate(certificate)
         if certificate == "best":
             return largest_of([self.certify(x, one) for one in self.applicable()])[0]
+        found = self._one(x, certificate)
+        # The global radius pays for less rounding.
+        return (
+            largest_of([found, self._one(x, "lipschitz")])[0] if certificate == "local" else found
+        )
+
+    def _one(self, x: Tensor, certificate: str) -> Certificate:
+        """Certify by one kind, rounding paid for."""
         with torch.no_grad():
             logits = self._logits_within(x)
             x = x.to(self._device, torch.float64)
             classes = logits.argmax(dim=1)
+            passes = _LOCAL_PASSES if certificate == "local" else 1
             if self.precision is None:
-                allowance = self._allowance(x, classes) if self.rounding_is_known else None
+                known = self.rounding_is_known
+                allowance = self._allowance(x, classes, passes=passes) if known else None
                 found = self._certified(x, logits, certificate, allowance)
                 return Certificate(classes, _where_same(found, classes))
             exact = self._certified(x, logits, certificate, None)
-            allowance = self._allowance(x, classes, exact.radius)
+            allowance = self._allowance(x, classes, exact.radius, passes)
             found = self._certified(x, logits, certificate, allowance)
             radius = torch.minimum(_where_same(found, classes), _farthest(exact.radius))
             return Certificate(classes, radius, exact.radius)
@@ -269,10 +289,12 @@ class CertifiedModel:
             return plain
         return largest_of([self.smooth.by_curvature(x, logits), plain])[0]
 
-    def _allowance(self, x: Tensor, classes: Tensor, radius: Tensor | None = None) -> Tensor:
+    def _allowance(
+        self, x: Tensor, classes: Tensor, radius: Tensor | None = None, passes: int = 1
+    ) -> Tensor:
         """By how much rounding can change margins ``(N, C)``: here, and within a radius."""
         within = None if radius is None else _farthest(radius)
-        found = self._rounding.margin_bounds(x, within, self.precision, classes)
+        found = self._rounding.margin_bounds(x, within, self.precision, classes, passes=passes)
         return found.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def dual(self, x: Tensor, *, steps: int = STEPS, early_exit: bool = True) -> DualResult:

@@ -115,7 +115,13 @@ class ForwardError:
         return self._walked(x, None, None)[0].errors
 
     def margin_bounds(
-        self, x: Tensor, radius: Tensor | None, precision: Precision | None, classes: Tensor
+        self,
+        x: Tensor,
+        radius: Tensor | None,
+        precision: Precision | None,
+        classes: Tensor,
+        *,
+        passes: int = 1,
     ) -> Tensor:
         """Bound the errors of the differences of logits.
 
@@ -128,13 +134,15 @@ class ForwardError:
             radius: of the balls.
             precision: of the machine, or ``None`` for one that does not round.
             classes: ``(N,)``.
+            passes: in float64, whose errors count.
 
         Returns:
             ``(N, C)``, for ``logit[class] - logit[j]``, of the machine's logits and those of the
-            float64 pass together.
+            float64 passes together.
         """
         step, count = self.output.step, self.output.shape[1]
-        walks = self._walked(x, radius, precision)
+        here, *there = self._walked(x, radius, precision)
+        walks = [here] * passes + there
         matrix = isinstance(step, Affine) and isinstance(step.operator, Matrix)
         if not matrix or self.output.origin is not None:  # whose products are not the last step
             total = sum_of([walk.carried[self.output] for walk in walks])
