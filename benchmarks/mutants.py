@@ -215,8 +215,8 @@ MUTANTS = [
     Mutant(
         "certified at exactly the radius",
         "certify/certificates.py",
-        "return right & (self.radius > epsilon) if epsilon > 0 else right",
-        "return right & (self.radius >= epsilon) if epsilon > 0 else right",
+        "return right & (self.radius > epsilon) if known else right",
+        "return right & (self.radius >= epsilon) if known else right",
         "tests/certify/test_certificates.py",
     ),
     Mutant(

@@ -72,13 +72,16 @@ def run_training(
     on_start: Callable[[Trainer], None] | None = None,
     on_step: Callable[[EpochMetrics], None] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Checkpoint:
     """Train and leave ``ckpt.pt``, ``config.json`` and ``metrics.csv`` in ``out``.
 
     The checkpoint is rewritten after each epoch (of epochs that are short beside that, after so
     many that it takes a fiftieth of the time), so that an interrupted run can be resumed and a
     diverged one leaves good weights. With the same seed, machine and number of
-    threads the weights are the same, resumed or not, unless ``max_minutes`` is set.
+    threads the weights are the same, resumed or not, unless ``max_minutes`` is set. Once ``stop``,
+    which is asked before each step, says so, the run is saved as it is, in the middle of an epoch,
+    and the checkpoint returned has its ``progress``.
 
     Raises:
         ValueError: settings or data that do not fit (nothing is written), or a folder that
@@ -132,7 +135,7 @@ def run_training(
         write_text(out / "config.json", settings)
         if on_start is not None:
             on_start(trainer)
-        _run_epochs(trainer, checkpoint, out, history, on_step, on_epoch)
+        _run_epochs(trainer, checkpoint, out, history, on_step, on_epoch, stop)
     return load_checkpoint(path)
 
 
@@ -143,21 +146,24 @@ def _run_epochs(
     history: list[EpochMetrics],
     on_step: Callable[[EpochMetrics], None] | None,
     on_epoch: Callable[[EpochMetrics], None] | None,
+    stop: Callable[[], bool] | None,
 ) -> None:
-    """Train to the end and keep what is written in ``out`` up to date."""
-    finished, pause = trainer.finished, _Pause()
-    while not finished:
-        metrics = trainer.run_epoch(on_step)
-        history.append(metrics)
-        finished = trainer.finished
-        if finished or pause.over():
+    """Train to the end, or until stopped, and keep what is written in ``out`` up to date."""
+    finished, stopped, pause = trainer.finished, False, _Pause()
+    while not (finished or stopped):
+        metrics = trainer.run_epoch(on_step, stop)
+        stopped = metrics is None
+        if metrics is not None:
+            history.append(metrics)
+            finished = trainer.finished
+        if finished or stopped or pause.over():
             with pause:
                 weights = _on_cpu(trainer.result)
                 progress = None if finished else _progress(trainer, history)
                 checkpoint = replace(checkpoint, state_dict=weights, progress=progress)
                 checkpoint.save(out / "ckpt.pt")
         write_text(out / "metrics.csv", _table(history))
-        if on_epoch is not None:
+        if metrics is not None and on_epoch is not None:
             on_epoch(metrics)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,28 @@ class EpochMetrics:
     seconds: float = 0.0
 
 
+@dataclass
+class _Part:
+    """An epoch that is under way.
+
+    Attributes:
+        order: of the images.
+        step: the next one.
+        sums: of four metrics, over the images that were seen.
+        seen: their number.
+    """
+
+    order: Tensor
+    step: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    seen: int = 0
+
+    def metrics(self, epoch: int, seconds: float) -> EpochMetrics:
+        """The means so far."""
+        loss, clean, safe, lipschitz = (self.sums / self.seen).tolist()
+        return EpochMetrics(epoch, loss, clean, safe, lipschitz, seconds)
+
+
 class Trainer:
     """Everything that a training run carries from step to step.
 
@@ -64,6 +86,7 @@ class Trainer:
         self.model = model
         self.config = config
         self.epoch = 0
+        self._part: _Part | None = None
         self._augment = augment
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trained:
@@ -99,34 +122,45 @@ class Trainer:
         """The trained network: the model, or the average of its weights."""
         return self.model if self._average is None else self._average.module
 
-    def run_epoch(self, on_step: Callable[[EpochMetrics], None] | None = None) -> EpochMetrics:
-        """Train for one epoch, or until the time is over.
+    def run_epoch(
+        self,
+        on_step: Callable[[EpochMetrics], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> EpochMetrics | None:
+        """Train for one epoch, or for what is left of one, or until the time is over.
 
         Args:
             on_step: called after each step with the means so far.
+            stop: asked before each step whether to return, with ``None``; the next call, of this
+                trainer or of one that has its state, goes on from there.
 
         Raises:
             TrainingDiverged: the loss is NaN or infinite; the step is not taken.
         """
         self.model.train()
-        order = torch.randperm(len(self._labels), generator=self._generator).to(self._device)
-        sums = torch.zeros(4, dtype=torch.float64)
-        seen = 0
+        part = self._part or _Part(torch.randperm(len(self._labels), generator=self._generator))
+        self._part = part
+        batches = part.order.to(self._device).split(self.config.batch_size)
         metrics = EpochMetrics(self.epoch, math.nan, 0.0, 0.0, 0.0)
-        for index, chosen in enumerate(order.split(self.config.batch_size)):
+        for index in range(part.step, len(batches)):
             done = self._clock.done(self.epoch * self.steps_per_epoch + index)
-            if done >= 1.0 and seen:
+            if done >= 1.0 and part.seen:
                 break
+            if stop is not None and stop():
+                return None
+            chosen = batches[index]
             with parametrize.cached():  # weights that are computed from others, once a step
                 found = self._step(chosen, done)
-            sums += torch.tensor(found, dtype=torch.float64) * len(chosen)
-            seen += len(chosen)
-            loss, clean, safe, lipschitz = (sums / seen).tolist()
-            seconds = self._clock.seconds
-            metrics = EpochMetrics(self.epoch, loss, clean, safe, lipschitz, seconds)
+            part.step = index + 1
+            part.sums += torch.tensor(found, dtype=torch.float64) * len(chosen)
+            part.seen += len(chosen)
+            metrics = part.metrics(self.epoch, self._clock.seconds)
             if on_step is not None:
                 on_step(metrics)
+        if part.seen:
+            metrics = part.metrics(self.epoch, self._clock.seconds)
         self.epoch += 1
+        self._part = None
         return metrics
 
     def _step(self, chosen: Tensor, done: float) -> list[float]:
@@ -173,6 +207,7 @@ class Trainer:
         on_cuda = self._device.type == "cuda"
         return {
             "epoch": self.epoch,
+            "part": None if self._part is None else asdict(self._part),
             "seconds": self._clock.seconds,
             "model": self.model.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
@@ -196,6 +231,7 @@ class Trainer:
         if state["cuda_generator"] is not None:
             torch.cuda.set_rng_state(state["cuda_generator"], self._device)
         self.epoch = state["epoch"]
+        self._part = None if state.get("part") is None else _Part(**state["part"])
         self._clock.restart(state["seconds"])
 
 
@@ -210,7 +246,9 @@ def train(
     trainer = Trainer(model, data, config, augment)
     metrics = []
     while not trainer.finished:
-        metrics.append(trainer.run_epoch())
+        done = trainer.run_epoch()
+        assert done is not None  # nothing stops it
+        metrics.append(done)
     if trainer.result is not model:
         model.load_state_dict(trainer.result.state_dict())
     return metrics

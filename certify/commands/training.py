@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +79,44 @@ def train(
                 if bar.disable:
                     click.echo(f"epoch {metrics.epoch + 1}/{config.epochs}: {_describe(metrics)}")
 
-            run_training(
-                run,
-                folder,
-                download=download,
-                resume=resume,
-                overwrite=overwrite,
-                on_start=start,
-                on_step=step,
-                on_epoch=epoch,
-            )
+            with stopped_by_signals() as stopped:
+                checkpoint = run_training(
+                    run,
+                    folder,
+                    download=download,
+                    resume=resume,
+                    overwrite=overwrite,
+                    on_start=start,
+                    on_step=step,
+                    on_epoch=epoch,
+                    stop=lambda: bool(stopped),
+                )
     path = folder / "ckpt.pt"
+    if checkpoint.progress is not None:
+        click.echo(f"stopped and saved {path}; the same command with --resume goes on from there")
+        raise SystemExit(128 + stopped[0])
     click.echo(f"wrote {path}; next: certify eval --model {path}{arch}")
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[list[int]]:
+    """Collect the first Ctrl-C, or SIGTERM as of a batch system; a second one is as ever."""
+    received: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+
+    def receive(number: int, frame: object) -> None:
+        received.append(number)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        for one in (signal.SIGINT, signal.SIGTERM):
+            before[one] = signal.signal(one, receive)
+    try:
+        yield received
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _describe(metrics: Any) -> str:

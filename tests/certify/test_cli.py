@@ -540,3 +540,17 @@ def test_a_broken_certificate_ends_the_run_and_is_saved(
     margins = logits[:, found["prediction"], None] - logits
     others = torch.arange(10) != found["prediction"]
     assert margins[1, others].min() <= 0 < margins[0, others].min()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_that_is_interrupted_is_saved(tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-m", "certify", "train", "--epochs", "1000", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("epoch 1/1000")
+        process.send_signal(number)
+        printed = process.stdout.read()
+        assert process.wait(60) == 128 + number
+    assert printed.splitlines()[-1].startswith(f"stopped and saved {tmp_path}")
+    assert load_checkpoint(tmp_path / "ckpt.pt").progress is not None

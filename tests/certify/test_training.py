@@ -542,3 +542,28 @@ def test_bfloat16_leaves_orthonormal_weights_in_float32(
 def test_settings_are_checked(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected"):
         TrainingConfig(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 7, 9])
+def test_a_run_that_is_stopped_anywhere_goes_on_exactly(tmp_path: Path, steps: int) -> None:
+    """Four steps an epoch, of three epochs; stopped a second time after two more."""
+    training = TrainingConfig(
+        epochs=3, batch_size=512, lr=1e-3, optimizer="nadam", ema=0.9, augment="shift:1"
+    )
+    run = RunConfig("mlp", {"hidden": (8,)}, "mnist-5k", None, training, "cpu")
+    straight = run_training(run, tmp_path / "straight")
+    for more in (steps, 2):
+        left = iter(range(more))
+        stopped = run_training(
+            run, tmp_path / "stopped", resume=True, stop=lambda left=left: next(left, None) is None
+        )
+        assert stopped.progress is not None or steps + 2 >= 24
+    resumed = run_training(run, tmp_path / "stopped", resume=True)
+    assert resumed.progress is None
+    for name, value in straight.state_dict.items():
+        assert torch.equal(value, resumed.state_dict[name]), name
+    rows = [
+        (tmp_path / run / "metrics.csv").read_text().splitlines() for run in ("straight", "stopped")
+    ]
+    without_seconds = [[line.rsplit(",", 1)[0] for line in lines] for lines in rows]
+    assert without_seconds[0] == without_seconds[1]
