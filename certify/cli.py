@@ -6,6 +6,7 @@ import click
 
 from certify.commands.attacking import attack
 from certify.commands.bounding import bound
+from certify.commands.comparison import compare
 from certify.commands.evaluation import evaluate
 from certify.commands.training import recipes, train
 from certify.commands.verification import verify
@@ -17,7 +18,7 @@ def main() -> None:
     """Train image classifiers with provable L2 robustness, and prove it."""
 
 
-for command in (train, recipes, evaluate, attack, verify, bound):
+for command in (train, recipes, evaluate, attack, verify, bound, compare):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from certify.attack import Effort
 from certify.attacked import Attacked, attack_all
 from certify.certificates import Certificate, check_certificate, largest_of
 from certify.certified_model import CertifiedModel
+from certify.curves import Curve
 from certify.data import ImageData, pixels
 
 _Result = TypeVar("_Result")
@@ -114,6 +115,18 @@ class Report:
         right = self.found.prediction == self.labels
         return {e: _mean(right & self.attack.withstood[e]) for e in self.epsilons}
 
+    @property
+    def certified_curve(self) -> Curve:
+        """Certified accuracy over the radius."""
+        return Curve.of(self.found.radius[self.found.prediction == self.labels], self.n)
+
+    @property
+    def attacked_curve(self) -> Curve | None:
+        """Fraction of right predictions that no attack within the radius changed."""
+        if self.attack is None:
+            return None
+        return Curve.of(self.attack.distance[self.found.prediction == self.labels], self.n)
+
     def to_json(self) -> str:
         """Return the summary as JSON; budgets are keys, an infinite number is null."""
         summary: dict[str, Any] = {
@@ -145,6 +158,9 @@ class Report:
             summary["median_gap"] = finite(self.attack.median_gap(self.found.radius))
             summary["nearest_by"] = self.attack.won
             summary["broken_within_radius"] = 0  # or there would be no report
+        summary["curve"] = self.certified_curve.to_json()
+        if self.attacked_curve is not None:
+            summary["attacked_curve"] = self.attacked_curve.to_json()
         return json.dumps(summary, indent=2, allow_nan=False) + "\n"
 
     def to_csv(self) -> str:

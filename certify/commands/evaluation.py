@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -62,6 +63,9 @@ from certify.commands.options import (
 @click.option("--csv", "csv_path", metavar="FILE", help="Write a row per image.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the summary.")
 @click.option("--plot", "plot_path", metavar="FILE", help="Draw certified accuracy over radius.")
+@click.option(
+    "--report", "report_path", metavar="DIR", help="Write a page to look at, with its plots."
+)
 def evaluate(
     domain: tuple[float, ...] | None,
     dataset: str | None,
@@ -84,10 +88,11 @@ def evaluate(
     csv_path: str | None,
     json_path: str | None,
     plot_path: str | None,
+    report_path: str | None,
     **which: Any,
 ) -> None:
     """Certify every test image: a proven L2 radius within which the prediction cannot change."""
-    check_folders(record_path, csv_path, json_path, plot_path)
+    check_folders(record_path, csv_path, json_path, plot_path, report_path)
     with one_line_errors():
         import torch
         from tqdm import tqdm
@@ -163,5 +168,27 @@ def evaluate(
 
             title = f"{network.name} on {dataset}: {report.n:,} images"
             plot_certified_accuracy(report, plot_path, title)
-        for path in filter(None, (record_path, csv_path, json_path, plot_path)):
+        if report_path:
+            title = f"{network.name} on {dataset}"
+            page = _page(title, certified, report, data, network.model, which["model"])
+            report_path = str(page.write(report_path))
+        for path in filter(None, (record_path, csv_path, json_path, plot_path, report_path)):
             click.echo(f"wrote {path}")
+
+
+def _page(title: str, certified: Any, report: Any, data: Any, model: Any, file: str) -> Any:
+    """What is known for a page: layers as far as they can be told, metrics beside a checkpoint."""
+    from certify.data import pixels
+    from certify.layers import report_layers
+    from certify.page import Page
+
+    layers = report_layers(
+        model,
+        pixels(data.images[:8]),
+        method="supremum" if certified.method == "best" else certified.method,
+        tighten="merge",
+        domain=certified.domain,
+    )
+    metrics = Path(file).parent / "metrics.csv"
+    text = metrics.read_text() if Path(file).is_file() and metrics.is_file() else None
+    return Page(title, report, data, layers, text)

@@ -45,6 +45,7 @@ def test_json_is_standard_and_complete() -> None:
         "certificate",
         "precision",
         "seconds",
+        "curve",
     ]
     assert summary["certified_accuracy"]["0.25"] == pytest.approx(1 / 3)
 
