@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from certify.minimum_norm import Seen, Target, ddn, deepfool, nearest_classes, on_sphere
+from certify.minimum_norm import (
+    Seen,
+    Target,
+    ddn,
+    deepfool,
+    nearest_classes,
+    nearest_of_pairs,
+    on_sphere,
+)
 from certify.signal import checked_domain
 
 
@@ -117,10 +125,10 @@ def pgd(
     own = logits.argmax(dim=1)
     tried = (radius > 0) & torch.isfinite(radius)
     sample, other = nearest_classes(target, x, own, logits.shape[1])
-    nearest, reached = torch.full_like(x.flatten(1)[:, 0], torch.inf), x.clone()
+    found = Seen.none(x)
     generator = torch.Generator().manual_seed(0)
     for start in range(restarts + 1):
-        left = (tried & torch.isinf(nearest))[sample]
+        left = (tried & torch.isinf(found.distance))[sample]
         for part in torch.nonzero(left).flatten().split(target.batch):
             if not len(part):
                 continue
@@ -144,8 +152,9 @@ def pgd(
             points = (centre + best).reshape(-1, *x.shape[1:])
             distance = (points - x[rows]).flatten(1).norm(dim=1)
             hit = (distance <= size[:, 0]) & target.sees(points, own[rows])
-            nearest[rows[hit]], reached[rows[hit]] = distance[hit], points[hit]
-    return Seen(nearest, reached)
+            seen = Seen(torch.where(hit, distance, torch.inf), points)
+            found = found.or_nearer(nearest_of_pairs(x, seen, rows))
+    return found
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from certify.attacked import Attacked, attack_all
 from certify.data import ImageData, pixels
 from certify.evaluation import check_data, epsilon_name, finite, percent
 from certify.folding import copy_with_plain_weights
+from certify.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def attack_data(
     effort: Effort | None = None,
     batch_size: int = 500,
     on_batch: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> AttackReport:
     """Attack every image of ``data``; any network will do, whether it can be certified or not.
 
@@ -113,6 +115,7 @@ def attack_data(
         effort: how hard to try.
         batch_size: images at a time.
         on_batch: called with the number of images done, after each batch.
+        ranks: processes that share the batches; each returns the report of all.
 
     Raises:
         ValueError: data that do not fit, a negative budget, or a network that cannot be computed in
@@ -130,5 +133,7 @@ def attack_data(
         raise ValueError(f"the network cannot be computed in float64: {error}") from error
     logits = torch.cat(predicted) if predicted else torch.zeros(0, 1)
     check_data(data, tuple(input_shape), logits.shape[1], epsilons)
-    attacked = attack_all(adversary, data.images, epsilons, batch_size, on_batch=on_batch)
+    attacked = attack_all(
+        adversary, data.images, epsilons, batch_size, on_batch=on_batch, ranks=ranks
+    )
     return AttackReport(data.labels, logits.argmax(dim=1).cpu(), attacked, tuple(epsilons))

@@ -11,6 +11,7 @@ from torch import Tensor
 from certify.attack import Adversary
 from certify.data import pixels
 from certify.minimum_norm import Seen
+from certify.ranks import ALONE, Ranks
 
 
 class BrokenCertificate(RuntimeError):  # noqa: N818 - the name says what happened
@@ -71,6 +72,9 @@ class Attacked:
         return (1.0 - radius / self.distance).nan_to_num(nan=0.0).median().item()
 
 
+_ANY = "any"
+
+
 def attack_all(
     adversary: Adversary,
     images: Tensor,
@@ -78,7 +82,9 @@ def attack_all(
     size: int,
     *,
     radius: Tensor | None = None,
+    confirm: Callable[[Tensor, Tensor], Tensor] | None = None,
     on_batch: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Attacked:
     """Attack every image, at each budget and within its certified radius.
 
@@ -88,20 +94,23 @@ def attack_all(
         epsilons: budgets.
         size: images at a time.
         radius: ``(N,)`` certified; without it nothing is contradicted.
+        confirm: from points and predictions near them, whether a point within a radius is of
+            another class whatever rounding did; without it all of them are.
         on_batch: called with the number of images done, after each batch.
+        ranks: processes that share the batches; each returns what all found.
 
     Raises:
         BrokenCertificate: an attack succeeded within a radius.
     """
     radius = torch.zeros(len(images), dtype=torch.float64) if radius is None else radius
-    parts: dict[str, list[Tensor]] = {}
-    distances: list[Tensor] = []
-    done = 0
-    for batch, own in zip(images.split(size), radius.split(size), strict=True):
+    found_by: list[dict[str, Tensor]] = []
+    starts = range(0, len(images), size)
+    batches = list(zip(starts, images.split(size), radius.split(size), strict=True))
+    for start, batch, own in ranks.share(batches):
         x, own = pixels(batch).to(adversary.device, torch.float64), own.to(adversary.device)
         found = Seen.none(x)
-        for name, one in adversary.nearest_by(x).items():
-            parts.setdefault(name, []).append(one.distance)
+        each = adversary.nearest_by(x)
+        for one in each.values():
             found = found.or_nearer(one)
         for epsilon in sorted(epsilons, reverse=True):
             # Where either certificate or attack has decided already nothing is tried.
@@ -109,18 +118,25 @@ def attack_all(
             found = found.or_nearer(adversary.within(x, epsilon * still.to(x.dtype)))
         inside = torch.where(torch.isfinite(own) & (found.distance > own), own, 0.0)
         found = found.or_nearer(adversary.within(x, inside))
-        for place in torch.nonzero(found.distance < own).flatten().tolist():
+        inside = found.distance < own
+        if confirm is not None and bool(inside.any()):
+            sure = confirm(found.points[inside], adversary.target.values(x[inside]).argmax(dim=1))
+            inside[inside.clone()] = sure
+            # Where rounding may have made up what was seen the radius stands.
+            found = Seen(
+                torch.where(inside, found.distance, found.distance.maximum(own)), found.points
+            )
+        for place in torch.nonzero(inside).flatten().tolist():
             label = int(adversary.target.values(x[place : place + 1]).argmax())
             raise BrokenCertificate(
-                done + place, x[place], found.points[place], own[place].item(), label
+                start + place, x[place], found.points[place], own[place].item(), label
             )
-        distances.append(found.distance)
-        done += len(batch)
+        distances = {name: one.distance.cpu() for name, one in each.items()}
+        found_by.append({**distances, _ANY: found.distance.cpu()})
         if on_batch is not None:
             on_batch(len(batch))
-    distance = torch.cat(distances).cpu()
-    return Attacked(
-        distance,
-        {epsilon: (distance > epsilon) | (epsilon == 0) for epsilon in epsilons},
-        {name: torch.cat(found).cpu() for name, found in parts.items()},
-    )
+    found_by = ranks.joined(found_by)
+    by = {name: torch.cat([one[name] for one in found_by]) for name in found_by[0]}
+    distance = by.pop(_ANY)
+    withstood = {epsilon: (distance > epsilon) | (epsilon == 0) for epsilon in epsilons}
+    return Attacked(distance, withstood, by)

@@ -36,6 +36,11 @@ class Certificate:
     radius: Tensor
     exact: Tensor | None = None
 
+    def cpu(self) -> Certificate:
+        """The same, in the CPU's memory."""
+        exact = None if self.exact is None else self.exact.cpu()
+        return Certificate(self.prediction.cpu(), self.radius.cpu(), exact)
+
     def certified(self, labels: Tensor, epsilon: float) -> Tensor:
         """Whether each input is right and stays right at every L2 distance up to ``epsilon``.
 

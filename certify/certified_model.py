@@ -342,6 +342,20 @@ class CertifiedModel:
         """
         return self.adversary.nearest(x.to(self._device, torch.float64)).distance
 
+    def surely_differs(self, x: Tensor, classes: Tensor) -> Tensor:
+        """Whether another logit is the largest at inputs, by more than rounding can do, ``(N,)``.
+
+        Where it is not known how much that is, by more than 1e-9 of the largest one.
+        """
+        with torch.no_grad():
+            x, classes = x.to(self._device, torch.float64), classes.to(self._device)
+            logits = self.logits(x)
+            if self.rounding_is_known:
+                allowance = self._rounding.margin_bounds(x, None, None, classes)
+            else:
+                allowance = 1e-9 * logits.abs().amax(dim=1, keepdim=True)
+            return (logits > logits.gather(1, classes[:, None]) + allowance).any(dim=1)
+
     def broken(self, x: Tensor, radius: Tensor) -> Tensor:
         """Try to change predictions within radii ``(N,)``; see `certify.attack.pgd`.
 

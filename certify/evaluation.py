@@ -20,6 +20,7 @@ from certify.certificates import Certificate, check_certificate, largest_of
 from certify.certified_model import CertifiedModel
 from certify.curves import Curve
 from certify.data import ImageData, pixels
+from certify.ranks import ALONE, Ranks
 
 _Result = TypeVar("_Result")
 
@@ -242,6 +243,7 @@ def evaluate(
     certificate: str = "lipschitz",
     attack: Effort | None = None,
     on_batch: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Certify every image of ``data``.
 
@@ -254,6 +256,7 @@ def evaluate(
         attack: how hard to attack every image as well; see `certify.attack`. A radius that is
             broken raises `certify.attacked.BrokenCertificate`.
         on_batch: called with the number of images done, after each batch.
+        ranks: processes that share the batches; each returns the report of all.
 
     Raises:
         ValueError: no images, images of another shape than the network's input, labels that
@@ -267,13 +270,14 @@ def evaluate(
     kinds = tuple(dict.fromkeys(("lipschitz", *kinds)))
     if certificate != "lipschitz":
         certified.certify(pixels(data.images[:1]), certificate)  # what is once for all inputs
-    parts: dict[str, list[Certificate]] = {kind: [] for kind in kinds}
+    done: list[dict[str, Certificate]] = []
     times = dict.fromkeys(("logits", *kinds), 0.0)
     passes = 0
-    for batch in data.images.split(batch_size):
+    for batch in ranks.share(data.images.split(batch_size)):
         x = pixels(batch)
         if certificate != "lipschitz":  # to compare with
             times["logits"] += _timed(certified.logits, x)[1]
+        found_by: dict[str, Certificate] = {}
         for kind in kinds:
             if kind == "dual":
                 bounds, seconds = _timed(certified.dual, x)
@@ -281,10 +285,13 @@ def evaluate(
                 one = bounds.certificate()
             else:
                 one, seconds = _timed(certified.certify, x, kind)
-            parts[kind].append(one)
+            found_by[kind] = one.cpu()
             times[kind] += seconds
+        done.append(found_by)
         if on_batch is not None:
             on_batch(len(batch))
+    done, passes = ranks.joined(done), sum(ranks.joined([passes]))
+    parts = {kind: [found_by[kind] for found_by in done] for kind in kinds}
     whole = {kind: _joined(found) for kind, found in parts.items()}
     chosen = [whole[kind] for kind in kinds] if certificate == "best" else [whole[certificate]]
     found, _ = largest_of(chosen)
@@ -293,7 +300,15 @@ def evaluate(
     attacked = None
     if attack is not None:
         adversary = certified.adversary.with_effort(attack)
-        attacked = attack_all(adversary, data.images, epsilons, batch_size, radius=found.radius)
+        attacked = attack_all(
+            adversary,
+            data.images,
+            epsilons,
+            batch_size,
+            radius=found.radius,
+            confirm=certified.surely_differs,
+            ranks=ranks,
+        )
     return Report(
         data.labels,
         found,
@@ -346,9 +361,9 @@ def _timed(call: Callable[..., _Result], *arguments: Any) -> tuple[_Result, floa
 def _joined(parts: Sequence[Certificate]) -> Certificate:
     exact = [part.exact for part in parts if part.exact is not None]
     return Certificate(
-        torch.cat([part.prediction for part in parts]).cpu(),
-        torch.cat([part.radius for part in parts]).cpu(),
-        torch.cat(exact).cpu() if exact else None,
+        torch.cat([part.prediction for part in parts]),
+        torch.cat([part.radius for part in parts]),
+        torch.cat(exact) if exact else None,
     )
 
 

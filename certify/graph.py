@@ -431,7 +431,7 @@ def _above(number: float) -> float:
 def _takes(n: fx.Node, place: int) -> bool:
     """Whether a node may use the result at that place of an operation with several."""
     chosen = n.args[1] if n.target is operator.getitem else None
-    return type(chosen) is not int or chosen == place
+    return type(chosen) is not int or chosen < 0 or chosen == place
 
 
 def _asks_for_size(n: fx.Node) -> bool:

@@ -134,7 +134,7 @@ def deepfool(target: Target, x: Tensor, logits: Tensor, *, steps: int = 20) -> S
     centres, classes_of = x[sample], own[sample]
     stepped = at_ends(target, centres, nearest.reshape_as(centres), classes_of)
     on_ray = on_rays(target, centres, state.u.reshape_as(centres), classes_of)
-    return _nearest_of_pairs(x, on_ray.or_nearer(stepped), sample)
+    return nearest_of_pairs(x, on_ray.or_nearer(stepped), sample)
 
 
 def ddn(target: Target, x: Tensor, logits: Tensor, *, steps: int = 50) -> Seen:
@@ -256,7 +256,7 @@ def on_rays(target: Target, x: Tensor, ends: Tensor, own: Tensor) -> Seen:
     return Seen(torch.where(found, distance, torch.inf), points)
 
 
-def _nearest_of_pairs(x: Tensor, of_pairs: Seen, sample: Tensor) -> Seen:
+def nearest_of_pairs(x: Tensor, of_pairs: Seen, sample: Tensor) -> Seen:
     """The nearest of several points ``(M,)`` for each sample."""
     found = Seen.none(x)
     least = found.distance.scatter_reduce(0, sample, of_pairs.distance, "amin")

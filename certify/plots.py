@@ -53,7 +53,7 @@ def draw_report(report: Report, title: str = "") -> Figure:
         axes.annotate(
             f"{100 * certified:.1f} % at {epsilon_name(epsilon)}",
             (epsilon, 100 * certified),
-            xytext=(-6, -12),
+            xytext=(-6, -18),
             textcoords="offset points",
             ha="right" if epsilon > 0.2 * axes.get_xlim()[1] else "left",
             color=COLOURS[0],

@@ -52,7 +52,9 @@ def choose_device(name: str) -> torch.device:
         ValueError: a device that this machine does not have.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
     try:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float64, device=device)

@@ -26,10 +26,10 @@ _ROOT = "the model itself"
 _AUTOCAST = ("cpu", "cuda")
 
 _MOVES = {
-    "lift_fresh", "lift_fresh_copy", "detach", "alias", "clone", "_to_copy", "view", "_unsafe_view",
+    "lift_fresh", "lift_fresh_copy", "detach", "alias", "clone", "view", "_unsafe_view",
     "reshape", "expand", "permute", "transpose", "t", "select", "slice", "unsqueeze", "squeeze",
     "cat", "stack", "empty", "zeros", "ones", "full", "eye", "scalar_tensor", "empty_like",
-    "zeros_like", "ones_like", "full_like", "_local_scalar_dense", "fill_", "zero_", "copy_",
+    "zeros_like", "ones_like", "full_like", "fill_", "zero_", "copy_",
 }  # fmt: skip
 """Operations of torch's core that make or move numbers and do not compute with them."""
 

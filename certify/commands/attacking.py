@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import click
@@ -46,24 +47,28 @@ def attack(
 ) -> None:
     """Attack every test image of any network. What withstands an attack is not proven robust."""
     check_folders(csv_path, json_path)
-    with one_line_errors():
+    with one_line_errors(), ExitStack() as stack:
         from tqdm import tqdm
 
         from certify.attack import Effort
         from certify.attack_report import attack_data
         from certify.files import write_text
+        from certify.ranks import job
         from certify.run import choose_device
 
+        ranks = stack.enter_context(job())
         network = load_named(dataset, **which)
         dataset = dataset or network.dataset
         if dataset is None:
             raise InputError("pass --dataset: only a ckpt.pt of certify train names its own")
         images = "test images" if held_out is None else f"last {held_out:,} training images"
-        click.echo(f"attacking {network.description} on the {images} of {dataset}")
+        if ranks.first:
+            click.echo(f"attacking {network.description} on the {images} of {dataset}")
         data = load_images(
             dataset, network, data_dir=data_dir, download=download, held_out=held_out, limit=limit
         )
-        with tqdm(total=len(data), unit="image", disable=None, leave=False) as bar:
+        quiet = None if ranks.first else True  # None: where there is no terminal
+        with tqdm(total=len(data), unit="image", disable=quiet, leave=False) as bar:
             report = attack_data(
                 network.model.to(choose_device(device)),
                 network.input_shape,
@@ -72,8 +77,11 @@ def attack(
                 domain=domain,
                 effort=Effort(attack_steps, restarts, foolbox),
                 batch_size=batch_size,
-                on_batch=bar.update,
+                on_batch=lambda count: bar.update(count * ranks.count) and None,
+                ranks=ranks,
             )
+        if not ranks.first:
+            return
         click.echo(report.to_table())
         if csv_path:
             write_text(csv_path, report.to_csv())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def evaluate(
 ) -> None:
     """Certify every test image: a proven L2 radius within which the prediction cannot change."""
     check_folders(record_path, csv_path, json_path, plot_path, report_path)
-    with one_line_errors():
+    with one_line_errors(), ExitStack() as stack:
         import torch
         from tqdm import tqdm
 
@@ -103,16 +104,23 @@ def evaluate(
         from certify.evaluation import evaluate as certify_data
         from certify.files import write_atomically, write_text
         from certify.norms import proven_norms
+        from certify.ranks import job
         from certify.records import Recorder, check_recordable, record_of, write_record
         from certify.run import choose_device
         from certify.signal import UnknownRounding
+
+        ranks = stack.enter_context(job())
+
+        def say(line: str) -> None:
+            if ranks.first:
+                click.echo(line)
 
         network = load_named(dataset, **which)
         dataset = dataset or network.dataset
         if dataset is None:
             raise InputError("pass --dataset: only a ckpt.pt of certify train names its own")
         images = "test images" if held_out is None else f"last {held_out:,} training images"
-        click.echo(f"certifying {network.description} on the {images} of {dataset}")
+        say(f"certifying {network.description} on the {images} of {dataset}")
         data = load_images(
             dataset, network, data_dir=data_dir, download=download, held_out=held_out, limit=limit
         )
@@ -138,9 +146,10 @@ def evaluate(
         except UnknownRounding as reason:
             if precision is not None:
                 raise
-            click.echo(f"radii of exact arithmetic: {reason}")
+            say(f"radii of exact arithmetic: {reason}")
             certified = certified_in(None)
-        with tqdm(total=len(data), unit="image", disable=None, leave=False) as bar:
+        quiet = None if ranks.first else True  # None: where there is no terminal
+        with tqdm(total=len(data), unit="image", disable=quiet, leave=False) as bar:
             try:
                 report = certify_data(
                     certified,
@@ -149,12 +158,15 @@ def evaluate(
                     batch_size=batch_size,
                     certificate=certificate,
                     attack=Effort(attack_steps, restarts, foolbox) if attack else None,
-                    on_batch=bar.update,
+                    on_batch=lambda count: bar.update(count * ranks.count) and None,
+                    ranks=ranks,
                 )
             except BrokenCertificate as found:
                 write_atomically("counterexample.pt", partial(torch.save, found.content))
                 raise BrokenError(f"{found}; it is in counterexample.pt") from found
-        click.echo(report.to_table())
+        say(report.to_table())
+        if not ranks.first:
+            return
         if record_path:
             where = {"dataset": dataset, "held_out": held_out}
             record = record_of(certified, recorder, report, data, where, network.description)
@@ -173,7 +185,7 @@ def evaluate(
             page = _page(title, certified, report, data, network.model, which["model"])
             report_path = str(page.write(report_path))
         for path in filter(None, (record_path, csv_path, json_path, plot_path, report_path)):
-            click.echo(f"wrote {path}")
+            say(f"wrote {path}")
 
 
 def _page(title: str, certified: Any, report: Any, data: Any, model: Any, file: str) -> Any:

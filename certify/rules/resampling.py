@@ -104,11 +104,27 @@ _MODES = ("nearest", "nearest-exact", "area", "linear", "bilinear", "bicubic", "
 
 
 def _nearest(call: Call) -> Tensor:
-    """Of the nearest entries; the other modes compute weights, it is not known how."""
-    given = call.options.get("mode", call.arguments[3] if len(call.arguments) > 3 else "nearest")
-    mode = given if call.module is None else call.module.mode
+    """Of the nearest entries, where it is sure which these are.
+
+    Their places come from products with the ratio of two sizes, rounded in a precision that depends
+    on the tensor's: exact for powers of two. The other modes compute weights, it is not known how.
+    """
+    names = ("size", "scale_factor", "mode")
+    if call.module is None:
+        given = dict(zip(names, call.arguments[1:], strict=False)) | call.options
+    else:
+        given = {name: getattr(call.module, name) for name in names}
+    mode = given.get("mode", "nearest")
     if mode not in ("nearest", "nearest-exact"):
         raise UnknownRounding(f"it is not known how much the mode {mode!r} can round")
+    source = call.arguments[0] if call.arguments else call.options["input"]
+    before, after = tuple(source.shape[2:]), call.signal.shape[2:]
+    ratios = [new / old for old, new in zip(before, after, strict=True)]
+    factors: Any = given.get("scale_factor")
+    factors = [factors] * len(ratios) if isinstance(factors, int | float) else factors
+    known = factors is None or list(map(float, factors)) == ratios
+    if not known or any(math.frexp(ratio)[0] != 0.5 for ratio in ratios):
+        raise UnknownRounding("which entries are the nearest can depend on rounding")
     return exact(call)
 
 

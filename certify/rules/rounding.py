@@ -115,11 +115,13 @@ def exact(call: Call) -> Tensor:
 def elementwise(call: Call) -> Tensor:
     """Up to four additions, multiplications and divisions, by constants too, which are rounded.
 
-    A constant that is added is at most what leaves plus what enters. It must not be so small or
-    large that it, or its reciprocal, underflows.
+    What is multiplied before an addition is at most ``L`` times what enters, and a constant that is
+    added that more than what leaves. It must not be so small or large that it, or its reciprocal,
+    underflows.
     """
     steps = call.precision.gamma(6)
-    found = steps * (call.leaving + call.repeats * call.entering)
+    entering = call.repeats * call.entering * (1.0 + 2.0 * call.lipschitz)
+    found = steps * (call.leaving + entering)
     found = round_up(found, 4) + call.underflow(4)
     return torch.where(_all_moderate(call), found, torch.inf)
 

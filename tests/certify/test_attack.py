@@ -111,6 +111,29 @@ def test_a_broken_radius_comes_with_its_point() -> None:
     assert sum(report.won.values()) == 30
 
 
+def test_what_only_rounding_shows_breaks_no_radius() -> None:
+    """Logits with a large common part: the boundary is at the bias, and not seen well."""
+    for exponent in (28, 32):
+        model = nn.Linear(1, 2, dtype=F64)
+        with torch.no_grad():
+            common = 2.0**exponent
+            model.weight.copy_(torch.tensor([[common + 1], [common - 1]], dtype=F64))
+            model.bias.copy_(torch.tensor([1e-3, -1e-3], dtype=F64))
+        certified = CertifiedModel(model, (1,))
+        images, x = torch.zeros(8, 1, dtype=torch.uint8), torch.zeros(8, 1, dtype=F64)
+        report = attack_all(
+            certified.adversary.with_effort(Effort(restarts=4)),
+            images,
+            (),
+            8,
+            radius=certified.certify(x).radius,
+            confirm=certified.surely_differs,
+        )
+        assert bool((report.distance >= certified.certify(x).radius).all())
+        assert certified.surely_differs(x - 1.0, torch.zeros(8, dtype=torch.long)).all()
+        assert not certified.surely_differs(x, torch.zeros(8, dtype=torch.long)).any()
+
+
 def test_foolbox_agrees() -> None:
     pytest.importorskip("foolbox")
     torch.manual_seed(0)

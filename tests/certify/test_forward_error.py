@@ -439,3 +439,50 @@ def test_a_shift_of_the_logits_does_not_hide_the_last_products(
         one = torch.ones(20, dtype=torch.float64)
         found.append(certified._rounding.margin_bounds(x, one, precision("float32"), classes))
     assert bool((found[1] >= found[0]).all())
+
+
+def test_nearest_entries_that_depend_on_the_precision_are_not_known() -> None:
+    """In float32 the 41st of 82 copies is of the other entry of two."""
+
+    class Enlarged(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.size, self.last = size, nn.Linear(size, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.interpolate(x, size=self.size).flatten(1))
+
+    with pytest.raises(UnknownRounding, match="node 'interpolate': which entries are the nearest"):
+        CertifiedModel(Enlarged(82).double(), (1, 2), precision="float32")
+    assert CertifiedModel(Enlarged(64), (1, 2)).rounding_is_known
+    up = nn.Sequential(nn.Upsample(scale_factor=3), nn.Flatten())
+    assert not CertifiedModel(up, (1, 2, 2)).rounding_is_known
+
+
+def test_multiples_that_are_added_are_rounded_before() -> None:
+    class Multiple(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            constant = torch.tensor([-1000.0 - 3e-5, 0.0], dtype=torch.float64)
+            self.register_buffer("constant", constant)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.add(self.constant, x, alpha=1000.0)
+
+    x = torch.tensor([[1.0, -2.5e-8]], dtype=torch.float64)
+    assert CertifiedModel(Multiple(), (2,)).certify(x).radius.item() > 0
+    assert CertifiedModel(Multiple(), (2,), precision="float32").certify(x).radius.item() == 0
+
+
+def test_numbers_of_weights_that_are_read_past_the_trace_are_refused() -> None:
+    class Sly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(1.0 + 2.0**-20))
+
+        def forward(self, x: Tensor) -> Tensor:
+            (weight,) = list(self.parameters())
+            return x * ((weight.item() - 1.0) * 2.0**20)
+
+    with pytest.raises(UnknownRounding, match="computes constants"):
+        CertifiedModel(Sly(), (2,), precision="bfloat16")
