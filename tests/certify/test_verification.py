@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from certify import CertifiedModel
+from certify.bounding import Norms
 from certify.data import ImageData
 from certify.evaluation import evaluate
 from certify.graph import LipschitzGraph
 from certify.grid_proofs import _below, _first, lattice_norm_at_most, norm_at_most
+from certify.operators import Convolution, Matrix, Weighted
 from certify.records import (
     Recorder,
     RecordError,
@@ -180,6 +182,28 @@ def test_what_is_claimed_otherwise_is_refused_even_with_a_hash_that_fits(
         except RecordError:
             continue
         pytest.fail(f"accepted: {name}")
+
+
+@pytest.mark.parametrize("kind", [Matrix, Convolution])
+def test_bounds_that_are_too_small_with_all_that_follows_from_them(
+    tmp_path: Path, kind: type[Weighted]
+) -> None:
+    class Liar(Recorder):
+        def __call__(self, operators: Any, method: str, *, any_size: bool = False) -> Norms:
+            before = len(self.layers)
+            norms = super().__call__(operators, method, any_size=any_size)
+            found = {o: norms(o) * (0.99 if isinstance(o, kind) else 1.0) for o in operators}
+            for entry, operator in zip(self.layers[before:], operators, strict=True):
+                entry["bound"] = found[operator].item()
+            return found.__getitem__
+
+    recorder, data = Liar(), images()
+    certified = CertifiedModel(network(), SHAPE, method="supremum", tighten="none", prove=recorder)
+    report = evaluate(certified, data, (0.1,))
+    path = tmp_path / "cert.json"
+    write_record(path, record_of(certified, recorder, report, data, DATA, "a net"))
+    with pytest.raises(RecordError, match="is not proven"):
+        verify(read_record(path), network(), data)
 
 
 def test_other_weights_or_images_are_refused(record: dict[str, Any]) -> None:
