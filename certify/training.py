@@ -157,7 +157,7 @@ class Trainer:
             metrics = part.metrics(self.epoch, self._clock.seconds)
             if on_step is not None:
                 on_step(metrics)
-        if part.seen:
+        if part.seen and math.isnan(metrics.loss):  # stopped behind the last step
             metrics = part.metrics(self.epoch, self._clock.seconds)
         self.epoch += 1
         self._part = None

@@ -68,6 +68,7 @@ def assert_one_line(result: Result, message: str) -> None:
 
 def test_train_then_eval(run_folder: Path, tmp_path: Path) -> None:
     assert {entry.name for entry in run_folder.iterdir()} == {
+        ".lock",
         "ckpt.pt",
         "config.json",
         "metrics.csv",
