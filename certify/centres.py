@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 from certify.bounding import Norms, in_order
 from certify.forward_error import ForwardError
-from certify.graph import LipschitzGraph, node_name
+from certify.graph import LipschitzGraph
+from certify.nodes import node_name
 from certify.norms import proven_norms
 from certify.operators import Weighted
 from certify.signal import Product, Signal, UnknownRounding, UnsupportedModel

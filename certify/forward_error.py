@@ -29,8 +29,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from certify.bounding import Bounding, Norms
-from certify.graph import LipschitzGraph, Operation
+from certify.graph import LipschitzGraph
 from certify.joining import times
+from certify.nodes import Operation
 from certify.operators import Matrix, Weighted
 from certify.precision import PRECISIONS, Precision
 from certify.rules.rounding import Call, norms_of, sum_of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,19 +15,27 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from certify.cutting import cut
+from certify.nodes import (
+    Arguments,
+    Operation,
+    Recorder,
+    asks_for_size,
+    is_module,
+    module_of,
+    node_name,
+    operation_of,
+    takes,
+)
 from certify.operators import Scale
 from certify.rules import REFUSALS, RULES
 from certify.rules.installed import register_installed
 from certify.rules.registry import ROUNDINGS
-from certify.rules.rounding import BY_OPERATOR, Call, exact, norms_of
+from certify.rules.rounding import exact, norms_of
 from certify.signal import (
-    Affine,
     Input,
     Signal,
     Slopes,
-    UnknownRounding,
     UnsupportedModel,
-    Wrapping,
     checked_domain,
 )
 from certify.tracing import (
@@ -37,7 +44,6 @@ from certify.tracing import (
     agree,
     check_against_module,
     example_of,
-    kind_of,
     label_of,
     refuse_what_tracing_misses,
     trace,
@@ -89,7 +95,7 @@ class LipschitzGraph:
             graph, self.computes_constants = trace(root, example)
             _refuse_early(root, graph)
             shapes = check_against_module(root, graph, example)
-            self._recorder = _Recorder(root, graph)
+            self._recorder = Recorder(root, graph)
             self.input_shape = tuple(input_shape)
             self.domain = limits
             centres = None if limits is None else self._centres(example[:1], limits)
@@ -116,7 +122,7 @@ class LipschitzGraph:
 
         To be called after `walk`. An activation whose rule first does something else is left out.
         """
-        return _Arguments(self._walker.module, self._walker.graph, self._walker.sources).note(x)
+        return Arguments(self._walker.module, self._walker.graph, self._walker.sources).note(x)
 
     def split(self, node: str) -> tuple[nn.Module, nn.Module]:
         """Cut the network at a tensor that all paths go through.
@@ -190,63 +196,11 @@ class LipschitzGraph:
                     signal
                     for used in n.all_input_nodes
                     for place, signal in placed.get(used, ())
-                    if len(placed[used]) == 1 or _takes(n, place)
+                    if len(placed[used]) == 1 or takes(n, place)
                 ]
                 constants = [used for used in n.all_input_nodes if used in computed]
                 found[n] = Operation(self.module, n, results, sources, bool(constants))
         return found
-
-
-class Operation:
-    """A node whose results depend on the network's input.
-
-    Attributes:
-        module: that does it, or ``None``.
-        results: places among the leaves of its result, with their signals.
-        sources: signals that it gets.
-        rounded: whether constants enter it that are computed, with rounding, each time.
-    """
-
-    def __init__(
-        self,
-        root: nn.Module,
-        n: fx.Node,
-        results: list[tuple[int, Signal]],
-        sources: list[Signal],
-        rounded: bool,
-    ) -> None:
-        self.module = _module_of(root, n) if _is_module(n) else None
-        self.results = results
-        self.sources = sources
-        self._rounded = rounded
-        self._starts = n.op == "placeholder"
-        self._key, self._name = _operation(root, n)
-        self._label = label_of(n)
-
-    def rounding(self, call: Call) -> Tensor:
-        """How much it can round; raises `UnknownRounding` where that is not known."""
-        try:
-            return ROUNDINGS[self._key](call)
-        except UnknownRounding as reason:
-            raise UnknownRounding(f"node {self._label}: {reason}") from None
-
-    def check(self) -> None:
-        """Raise `UnknownRounding` where that is not known."""
-        if self._starts:
-            return
-        if not self.sources:
-            raise UnknownRounding(f"node {self._label}: it is not known what enters it")
-        if self._rounded:
-            raise UnknownRounding(f"node {self._label}: constants are computed in the forward")
-        if self._key not in ROUNDINGS:
-            raise UnknownRounding(
-                f"node {self._label}: it is not known how much {self._name} can round"
-            )
-        for _, signal in self.results:
-            if ROUNDINGS[self._key] in BY_OPERATOR and isinstance(signal.step, Affine):
-                wraps = [s.parents[0] for s in self.sources if isinstance(s.step, Wrapping)]
-                if signal.parents[0] not in (*self.sources, *wraps):
-                    raise UnknownRounding(f"node {self._label}: it rounds more than once")
 
 
 @contextmanager
@@ -259,53 +213,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps all tensors."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(model, graph=graph)
-        self.extra_traceback = False
-        self._found: dict[str, Tensor] = {}
-
-    def record(self, x: Tensor) -> dict[str, Tensor]:
-        """Return the tensor at each node."""
-        self._found = {}
-        self.run(x)
-        return self._found
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        for index, leaf in enumerate(pytree.tree_leaves(result)):
-            if isinstance(leaf, Tensor):
-                self._found[node_name(n, index)] = leaf.clone()  # a later node may overwrite it
-        return result
-
-
-class _Arguments(fx.Interpreter):
-    """Runs a graph and keeps copies of the tensors that enter some of its nodes."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph, sources: dict[str, fx.Node]) -> None:
-        super().__init__(model, graph=graph)
-        self.extra_traceback = False
-        self._sources = sources
-        self._found: dict[str, Tensor] = {}
-
-    def note(self, x: Tensor) -> dict[str, Tensor]:
-        """Return the tensors by the nodes that they enter."""
-        self.run(x)
-        return self._found
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.name in self._sources:  # before the node may overwrite it
-            self._found[n.name] = self.env[self._sources[n.name]].clone()
-        return super().run_node(n)
-
-
-def node_name(n: fx.Node, index: int = 0) -> str:
-    """Name of the tensor at a node, or of one of several."""
-    return f"{n.name}.{index}" if index else n.name
 
 
 class _Walker(fx.Interpreter):
@@ -374,10 +281,10 @@ class _Walker(fx.Interpreter):
         """
         given = pytree.tree_leaves([self.env[used] for used in n.all_input_nodes])
         found = pytree.tree_leaves(value)
-        moved = ROUNDINGS.get(_operation(self.module, n)[0]) is exact
+        moved = ROUNDINGS.get(operation_of(self.module, n)[0]) is exact
         moved = moved and (not any(map(_is_floating, given)) or all(map(_is_floating, found)))
         floating = any(map(_is_floating, [*given, *found]))
-        rounds = floating and not moved and not _asks_for_size(n)
+        rounds = floating and not moved and not asks_for_size(n)
         if rounds or any(used in self.computed for used in n.all_input_nodes):
             self.computed.add(n)
 
@@ -398,11 +305,11 @@ class _Walker(fx.Interpreter):
         return replace(result, shape=shape, name=name, node=node, centre=centre, origin=origin)
 
     def _rule(self, n: fx.Node) -> Callable[..., Any]:
-        key, _ = _operation(self.module, n)
+        key, _ = operation_of(self.module, n)
         if key not in RULES:
             raise _refusal(self.module, n)
         rule = RULES[key]
-        return functools.partial(rule, _module_of(self.module, n)) if _is_module(n) else rule
+        return functools.partial(rule, module_of(self.module, n)) if is_module(n) else rule
 
 
 def _refuse_early(root: nn.Module, graph: fx.Graph) -> None:
@@ -413,10 +320,10 @@ def _refuse_early(root: nn.Module, graph: fx.Graph) -> None:
     for n in graph.nodes:
         if n.op not in ("call_module", "call_function") or not n.all_input_nodes:
             continue
-        key, name = _operation(root, n)
+        key, name = operation_of(root, n)
         functional = key in REFUSALS and name.startswith("torch.nn.functional.")
-        weights = _is_module(n) and all(used.op == "get_attr" for used in n.all_input_nodes)
-        if key not in RULES and not weights and (_is_module(n) or functional):
+        weights = is_module(n) and all(used.op == "get_attr" for used in n.all_input_nodes)
+        if key not in RULES and not weights and (is_module(n) or functional):
             raise _refusal(root, n)
 
 
@@ -428,40 +335,8 @@ def _above(number: float) -> float:
     return math.nextafter(number, math.inf)
 
 
-def _takes(n: fx.Node, place: int) -> bool:
-    """Whether a node may use the result at that place of an operation with several."""
-    chosen = n.args[1] if n.target is operator.getitem else None
-    return type(chosen) is not int or chosen < 0 or chosen == place
-
-
-def _asks_for_size(n: fx.Node) -> bool:
-    """Whether a node is about a tensor's shape, type or place, not about its values."""
-    if n.op == "call_method":
-        return n.target in ("size", "dim", "ndimension", "numel", "nelement", "stride")
-    return n.target is len or (n.target is getattr and n.args[1] in ("shape", "ndim", "device"))
-
-
-def _is_module(n: fx.Node) -> bool:
-    return n.op == "call_module"
-
-
-def _module_of(root: nn.Module, n: fx.Node) -> nn.Module:
-    return root.get_submodule(str(n.target))
-
-
-def _operation(root: nn.Module, n: fx.Node) -> tuple[object, str]:
-    """What a node does, as a key of rules, and its name for people."""
-    if _is_module(n):
-        kind = kind_of(_module_of(root, n))
-        return kind, f"{kind.__module__}.{kind.__qualname__}"
-    if n.op == "call_method":
-        return n.target, f"tensor method {n.target!r}"
-    module = getattr(n.target, "__module__", "?")
-    return n.target, f"{module}.{getattr(n.target, '__name__', n.target)}"
-
-
 def _refusal(root: nn.Module, n: fx.Node) -> UnsupportedModel:
-    key, name = _operation(root, n)
+    key, name = operation_of(root, n)
     reason = f"no Lipschitz rule for {name}; register one with @certify.lipschitz_rule"
     if key in REFUSALS:
         reason = f"{name}: {REFUSALS[key]}"
