@@ -65,7 +65,8 @@ class CertifiedModel:
             `certify.tightening.TIGHTENINGS`.
         precision: what the network runs in, one of `certify.precision.PRECISIONS`, or ``None`` for
             exact arithmetic.
-        prove: proves the norms of operators; for those who record or check how.
+        prove: proves the norms of operators, all while the model is made; for those who record or
+            check how, or share the work.
         domain: smallest and largest entry of an input, ``(0, 1)`` for images. Only networks that
             multiply tensors that depend on the input (squeeze and excitation) need it; what is
             proven then holds for perturbed inputs within the domain, and rests on the network's
@@ -113,8 +114,10 @@ class CertifiedModel:
         if len(self._shape) != 2:
             raise UnsupportedModel(f"expected logits (N, C), got shape {self._shape}")
         self._bound = bound_network(output, method, tighten, prove)
-        if precision is not None or prove is not proven_norms:  # whatever may be refused is so here
-            self._check_rounding()
+        if precision is not None:  # whatever may be refused is so here
+            self.check_rounding()
+        elif prove is not proven_norms:  # nothing is left to be proven later
+            _ = self.rounding_is_known
 
     @cached_property
     @torch.inference_mode(False)
@@ -125,12 +128,17 @@ class CertifiedModel:
     def rounding_is_known(self) -> bool:
         """Whether radii account for the rounding of the pass that computes the logits here."""
         try:
-            self._check_rounding()
+            self.check_rounding()
         except UnknownRounding:
             return False
         return True
 
-    def _check_rounding(self) -> None:
+    def check_rounding(self) -> None:
+        """Refuse a network of which it is not known how much the pass for its logits rounds.
+
+        Raises:
+            UnknownRounding: naming the operation.
+        """
         start = torch.zeros(1, *self.input_shape, dtype=torch.float64, device=self._device)
         one = None if self.precision is None else start.new_ones(1)
         self._allowance(start, start.new_zeros(1).long(), one)

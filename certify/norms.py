@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from certify.bounding import Bounding, Norms, merged
 from certify.graph import LipschitzGraph
 from certify.operators import Convolution, Matrix, Weighted
+from certify.ranks import ALONE, Ranks
 from certify.signal import Affine, Signal, UnsupportedModel
 from ff_bounds import PowerIterationPenalty, SupremumPenalty, conv2d_bound, supremum_bounds
 from ff_bounds.rounding import round_up
@@ -32,7 +33,9 @@ class Prove(Protocol):
         """Return what maps each of the operators to a bound of its norm."""
 
 
-def proven_norms(operators: Sequence[Weighted], method: str, *, any_size: bool = False) -> Norms:
+def proven_norms(
+    operators: Sequence[Weighted], method: str, *, any_size: bool = False, ranks: Ranks = ALONE
+) -> Norms:
     """Prove bounds of the norms of all operators.
 
     Args:
@@ -40,21 +43,49 @@ def proven_norms(operators: Sequence[Weighted], method: str, *, any_size: bool =
         method: how convolutions are bounded, see `ff_bounds.conv_bound`. With ``"supremum"``
             kernels of equal shape are searched together.
         any_size: whether the norms have to hold beyond the layers' own inputs.
+        ranks: processes that share the operators; each gets all bounds.
 
     Raises:
         ValueError: an unknown method, or NaN or infinite weights.
     """
     check_method(method)
+    together: dict[object, list[Weighted]] = {}
+    for operator in dict.fromkeys(operators):
+        key = _shape_searched(operator) if method == "supremum" else operator
+        together.setdefault(key, []).append(operator)
+    # The largest first, so that processes have about as much to do.
+    groups = sorted(together.values(), key=lambda group: -sum(o.weight.numel() for o in group))
+    found = [_bounds(group, method, any_size) for group in ranks.share(groups)]
+    if ranks.count > 1:
+        found = [[bound.detach().cpu() for bound in bounds] for bounds in found]
+    bound_of: dict[Weighted, Tensor] = {}
+    for group, bounds in zip(groups, ranks.joined(found), strict=True):
+        for operator, bound in zip(group, bounds, strict=True):
+            bound_of[operator] = bound.to(operator.weight.device)
+    return bound_of.__getitem__
+
+
+def _shape_searched(operator: Weighted) -> object:
+    """What those have in common that one search is for; itself if it is alone."""
+    if not isinstance(operator, Convolution) or operator.padding_mode == "circular":
+        return operator
+    return operator.exact_kernel().shape
+
+
+def _bounds(operators: Sequence[Weighted], method: str, any_size: bool) -> list[Tensor]:
+    """Bounds of operators, by one search where there is one."""
     finite = [o for o in operators if bool(o.effective_weight().detach().isfinite().all())]
-    searched = [o for o in finite if isinstance(o, Convolution) and o.padding_mode != "circular"]
     lattice: dict[Weighted, Tensor] = {}
-    if method == "supremum":
-        kernels = [operator.exact_kernel() for operator in searched]
+    searched = [o for o in finite if _shape_searched(o) is not o]
+    if method == "supremum" and searched:
+        kernels = [o.exact_kernel() for o in searched if isinstance(o, Convolution)]
         lattice = dict(zip(searched, supremum_bounds(kernels), strict=True))
-    bounds = {o: o.bound(method, lattice=lattice.get(o), any_size=any_size) for o in finite}
-    for operator in set(operators) - bounds.keys():  # merged factors that overflow
-        bounds[operator] = torch.full_like(operator.norm_error(), torch.inf)
-    return bounds.__getitem__
+    return [
+        operator.bound(method, lattice=lattice.get(operator), any_size=any_size)
+        if operator in finite
+        else torch.full_like(operator.norm_error(), torch.inf)  # merged factors that overflow
+        for operator in operators
+    ]
 
 
 def margin_lipschitz(bounding: Bounding, values: Mapping[Signal, Tensor], norms: Norms) -> Tensor:

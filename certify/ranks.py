@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 _Item = TypeVar("_Item")
+
+
+class RankLost(RuntimeError):  # noqa: N818 - the name says what happened
+    """Another process of the job is gone, and with it what this one waited for."""
 
 
 @dataclass(frozen=True)
 class Ranks:
     """The processes of a job.
 
+    `joined`, `told`, `in_turn`, `largest` and `total` are calls that every process has to make, in
+    the same order.
+
     Attributes:
         rank: of this one.
         count: of all.
+        local: number of this one on its machine.
     """
 
     rank: int = 0
     count: int = 1
+    local: int = 0
 
     @property
     def first(self) -> bool:
         """Whether this is the one that prints and writes."""
         return self.rank == 0
 
-    def share(self, items: Sequence[_Item]) -> Sequence[_Item]:
+    @property
+    def own(self) -> slice:
         """What this process is to work on: every so manyth item."""
-        return items[self.rank :: self.count]
+        return slice(self.rank, None, self.count)
+
+    def share(self, items: Sequence[_Item]) -> Sequence[_Item]:
+        """The items that this process is to work on."""
+        return items[self.own]
 
     def joined(self, own: Sequence[_Item]) -> list[_Item]:
         """All results, in the order of the items that were shared; each process gets them."""
@@ -44,6 +59,45 @@ class Ranks:
         total = sum(map(len, found))
         return [found[index % self.count][index // self.count] for index in range(total)]
 
+    def told(self, make: Callable[[], _Item]) -> _Item:
+        """What the first process makes, for all of them; or they all raise what it raised."""
+        if self.count == 1:
+            return make()
+        made: list[Any] = [None, None]
+        if self.first:
+            try:
+                made[0] = make()
+            except Exception as error:
+                made[1] = error
+        distributed.broadcast_object_list(made, src=0)
+        if made[1] is not None:
+            raise made[1]
+        item: _Item = made[0]
+        return item
+
+    def in_turn(self, make: Callable[[], _Item]) -> _Item:
+        """What each process makes, one process of each machine before the others."""
+        if self.count == 1:
+            return make()
+        made = make() if self.local == 0 else None
+        distributed.barrier()
+        return make() if made is None else made
+
+    def largest(self, *numbers: float) -> list[float]:
+        """The largest of each number over all processes."""
+        if self.count == 1:
+            return list(numbers)
+        found = torch.tensor(numbers, dtype=torch.float64)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return found.tolist()
+
+    def total(self, own: Tensor) -> Tensor:
+        """The sum over all processes, on the CPU."""
+        own = own.cpu()
+        if self.count > 1:
+            distributed.all_reduce(own)
+        return own
+
 
 ALONE = Ranks()
 """A process that does all of the work."""
@@ -53,18 +107,50 @@ ALONE = Ranks()
 def job() -> Iterator[Ranks]:
     """Join the processes that ``torchrun`` started with this one, if it did.
 
-    Each takes the GPU of its local rank, if there are as many, and gloo talks between them: what
-    they exchange is small and on the CPU.
+    Each takes the GPU of its local rank. What is on GPUs is exchanged by NCCL, if no two processes
+    share one, all else by gloo.
+
+    Raises:
+        RankLost: another process has ended before its time.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ALONE
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local % torch.cuda.device_count())
-    distributed.init_process_group("gloo")
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(local % gpus)
+    own_gpu = distributed.is_nccl_available() and 0 < _processes_here() <= gpus
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     try:
-        yield Ranks(distributed.get_rank(), count)
-    finally:
-        distributed.destroy_process_group()
+        yield Ranks(distributed.get_rank(), count, local)
+    except RuntimeError as error:
+        if not _is_about_others(error):
+            _leave()
+            raise
+        reason = str(error).strip().split(". ")[0]
+        raise RankLost(
+            f"rank {distributed.get_rank()} ends as another process of this job is gone; torchrun "
+            f"tells which ({reason})"
+        ) from error
+    except BaseException:
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    gc.collect()  # what still holds the group would end the process with an abort
+    distributed.destroy_process_group()
+
+
+def _processes_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+
+
+def _is_about_others(error: RuntimeError) -> bool:
+    """Whether a collective operation failed; gloo's failures have no type of their own."""
+    names = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+    said = str(error).lower()
+    return isinstance(error, distributed.DistError) or any(name in said for name in names)

@@ -21,6 +21,7 @@ from certify.files import write_text
 from certify.grid_proofs import MOST, norm_at_most, symbol_norm
 from certify.norms import proven_norms
 from certify.operators import Convolution, Weighted
+from certify.ranks import ALONE, Ranks
 from ff_bounds import supremum_bracket
 
 FORMAT = "certify certificate 1"
@@ -35,29 +36,33 @@ class Recorder:
     """Proves norms as `proven_norms` does, and keeps what was proven.
 
     Attributes:
+        ranks: processes that share the operators; each keeps all.
         layers: an entry for each operator, in the order in which they were asked for.
     """
 
+    ranks: Ranks = ALONE
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(
         self, operators: Sequence[Weighted], method: str, *, any_size: bool = False
     ) -> Norms:
         """See `certify.norms.Prove`."""
-        norms = proven_norms(operators, method, any_size=any_size)
-        found = {}
-        for operator in operators:
-            entry, found[operator] = _entry(operator, norms(operator), method)
-            self.layers.append(entry)
-        return found.__getitem__
+        norms = proven_norms(operators, method, any_size=any_size, ranks=self.ranks)
+        own = [_entry(o, norms(o), method) for o in self.ranks.share(operators)]
+        entries = self.ranks.joined(own)
+        self.layers += entries
+        raised = [
+            torch.full_like(norms(o), e["bound"]) for o, e in zip(operators, entries, strict=True)
+        ]
+        return dict(zip(operators, raised, strict=True)).__getitem__
 
 
 _SPARE = (1e-9, 1e-6, 1e-4, 1e-3, 1e-2)
 """What a bound is raised by, over what is reached, until `certify.grid_proofs` proves it."""
 
 
-def _entry(operator: Weighted, bound: Tensor, method: str) -> tuple[dict[str, Any], Tensor]:
-    """A bound with its witness, where the symbol reaches how much."""
+def _entry(operator: Weighted, bound: Tensor, method: str) -> dict[str, Any]:
+    """A bound, raised until it can be proven again, with its witness: where how much is reached."""
     found: dict[str, Any] = {
         "kind": type(operator).__name__.lower(),
         "shape": list(operator.weight.shape),
@@ -73,7 +78,7 @@ def _entry(operator: Weighted, bound: Tensor, method: str) -> tuple[dict[str, An
     for spare in _SPARE:
         raised = max(bound.item(), reached * (1.0 + spare))
         if norm_at_most(operator, raised, MOST if spare == _SPARE[-1] else MOST // 4):
-            return {**found, "bound": raised}, torch.full_like(bound, raised)
+            return {**found, "bound": raised}
     raise RecordError(f"the bound of {found['kind']} {found['shape']} cannot be proven again")
 
 

@@ -258,6 +258,7 @@ def _verify(
         precision=claims.precision,
         prove=prover,
     )
+    certified.check_rounding()
     prover.check_all_used()
     constant, margins = certified.lipschitz().cpu(), certified.margin_lipschitz().cpu()
     if not _just_above(torch.tensor(claims.lipschitz, dtype=torch.float64), constant):

@@ -12,6 +12,7 @@ from certify.commands.options import (
     check_folders,
     common_options,
     effort_options,
+    hidden,
     images_options,
     load_images,
     load_named,
@@ -64,11 +65,17 @@ def attack(
         images = "test images" if held_out is None else f"last {held_out:,} training images"
         if ranks.first:
             click.echo(f"attacking {network.description} on the {images} of {dataset}")
-        data = load_images(
-            dataset, network, data_dir=data_dir, download=download, held_out=held_out, limit=limit
+        data = ranks.in_turn(
+            lambda: load_images(
+                dataset,
+                network,
+                data_dir=data_dir,
+                download=download,
+                held_out=held_out,
+                limit=limit,
+            )
         )
-        quiet = None if ranks.first else True  # None: where there is no terminal
-        with tqdm(total=len(data), unit="image", disable=quiet, leave=False) as bar:
+        with tqdm(total=len(data), unit="image", disable=hidden(ranks), leave=False) as bar:
             report = attack_data(
                 network.model.to(choose_device(device)),
                 network.input_shape,

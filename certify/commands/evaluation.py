@@ -17,6 +17,7 @@ from certify.commands.options import (
     check_folders,
     common_options,
     effort_options,
+    hidden,
     images_options,
     load_images,
     load_named,
@@ -121,13 +122,20 @@ def evaluate(
             raise InputError("pass --dataset: only a ckpt.pt of certify train names its own")
         images = "test images" if held_out is None else f"last {held_out:,} training images"
         say(f"certifying {network.description} on the {images} of {dataset}")
-        data = load_images(
-            dataset, network, data_dir=data_dir, download=download, held_out=held_out, limit=limit
+        data = ranks.in_turn(
+            lambda: load_images(
+                dataset,
+                network,
+                data_dir=data_dir,
+                download=download,
+                held_out=held_out,
+                limit=limit,
+            )
         )
         chosen_method = method or network.method or "fantastic_four"
         if record_path:
             check_recordable(chosen_method, tighten, certificate)
-        recorder = Recorder()
+        recorder = Recorder(ranks)
 
         def certified_in(arithmetic: str | None) -> CertifiedModel:
             recorder.layers.clear()
@@ -138,7 +146,7 @@ def evaluate(
                 tighten=tighten,
                 domain=domain,
                 precision=arithmetic,
-                prove=recorder if record_path else proven_norms,
+                prove=recorder if record_path else partial(proven_norms, ranks=ranks),
             )
 
         try:
@@ -148,8 +156,9 @@ def evaluate(
                 raise
             say(f"radii of exact arithmetic: {reason}")
             certified = certified_in(None)
-        quiet = None if ranks.first else True  # None: where there is no terminal
-        with tqdm(total=len(data), unit="image", disable=quiet, leave=False) as bar:
+        if record_path:
+            certified.check_rounding()
+        with tqdm(total=len(data), unit="image", disable=hidden(ranks), leave=False) as bar:
             try:
                 report = certify_data(
                     certified,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,12 @@ class InputError(click.ClickException):
 
     exit_code = 2
 
+    def show(self, file: Any = None) -> None:
+        """Print the line; of several processes with the same to say, once."""
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(3.0)  # torchrun ends this process before that if the first has failed too
+        super().show(file)
+
 
 class BrokenError(click.ClickException):
     """A certificate that an attack broke."""
@@ -27,18 +35,24 @@ class BrokenError(click.ClickException):
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what the library says about bad input into one line and exit code 2."""
+    from certify.ranks import RankLost
     from certify.signal import UnsupportedModel
     from certify.training import TrainingDiverged
 
     try:
         yield
-    except (ValueError, OSError, UnsupportedModel, TrainingDiverged) as error:
+    except (ValueError, OSError, UnsupportedModel, TrainingDiverged, RankLost) as error:
         line = " ".join(str(error).split())  # from files, too, which may hold anything
         shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
         raise InputError(shown) from error
 
 
 ARCHITECTURES = "a name, torchvision:NAME, or package.module:factory"
+
+
+def hidden(ranks: Any) -> bool | None:
+    """Whether a process shows no progress bar; ``None`` to show one where there is a terminal."""
+    return None if ranks.first else True
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
