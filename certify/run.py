@@ -8,6 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from certify.augmentation import augmentations
 from certify.checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from certify.data import load
 from certify.files import one_writer, write_text
+from certify.ranks import ALONE, Ranks
 from certify.training import EpochMetrics, Trainer
 from certify.training_config import TrainingConfig
 
@@ -75,6 +77,7 @@ def run_training(
     on_step: Callable[[EpochMetrics], None] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Checkpoint:
     """Train and leave ``ckpt.pt``, ``config.json`` and ``metrics.csv`` in ``out``.
 
@@ -84,6 +87,10 @@ def run_training(
     threads the weights are the same, resumed or not, unless ``max_minutes`` is set. Once ``stop``,
     which is asked before each step, says so, the run is saved as it is, in the middle of an epoch,
     and the checkpoint returned has its ``progress``.
+
+    Several ``ranks`` share each batch; the first one reads and writes ``out``, and is the one for
+    the callbacks. Batch normalisation sees each process's own images. All processes get the
+    checkpoint.
 
     Raises:
         ValueError: settings or data that do not fit (nothing is written), or a folder that
@@ -98,9 +105,11 @@ def run_training(
         if path.exists() and not (resume or overwrite):
             raise ValueError(f"{path} exists; choose another --out, or --resume or --overwrite it")
 
-    check_free()
+    ranks.told(check_free)
     device = choose_device(config.device)
-    data = load(config.dataset, train=True, data_dir=config.data_dir, download=download)
+    data = ranks.in_turn(
+        lambda: load(config.dataset, train=True, data_dir=config.data_dir, download=download)
+    )
     data, _ = data.split(config.training.hold_out)
     torch.manual_seed(config.training.seed)
     hyperparameters = architectures.keywords(
@@ -113,7 +122,7 @@ def run_training(
     model = architectures.build(config.model, hyperparameters).to(device)
     settings = _settings(config, hyperparameters)
     _refuse_other_state(model)
-    trainer = Trainer(model, data, config.training, augment)
+    trainer = Trainer(model, data, config.training, augment, ranks)
 
     checkpoint = Checkpoint(
         config.model,
@@ -125,48 +134,89 @@ def run_training(
         config.data_dir,
         asdict(config.training),
     )
-    out.mkdir(parents=True, exist_ok=True)
-    with one_writer(out):
+
+    def begin() -> Checkpoint | None:
+        """Take the folder; return what is to be continued."""
+        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(one_writer(out))
+        if not path.exists():
+            return None
+        check_free()  # another run may have just written it
+        if resume:
+            return load_checkpoint(path)
+        path.unlink()
+        return None
+
+    with ExitStack() as stack:
+        before = ranks.told(begin)
         history: list[EpochMetrics] = []
-        if path.exists():
-            check_free()  # another run may have just written it
-            if resume:
-                history = _continue(trainer, load_checkpoint(path), config, hyperparameters, path)
-            else:
-                path.unlink()
-        write_text(out / "config.json", settings)
-        if on_start is not None:
-            on_start(trainer)
-        _run_epochs(trainer, checkpoint, out, history, on_step, on_epoch, stop)
-    return load_checkpoint(path)
+        if before is not None:
+            history = _continue(trainer, before, config, hyperparameters, path)
+        if ranks.first:
+            write_text(out / "config.json", settings)
+            if on_start is not None:
+                on_start(trainer)
+            folder = _Folder(out, trainer, checkpoint, history, on_epoch)
+            _run_epochs(trainer, folder.write, on_step, stop)
+        else:
+            _run_epochs(trainer, lambda metrics, last: None, None, stop)
+        return ranks.told(lambda: load_checkpoint(path))
 
 
 def _run_epochs(
     trainer: Trainer,
-    checkpoint: Checkpoint,
-    out: Path,
-    history: list[EpochMetrics],
+    write: Callable[[EpochMetrics | None, bool], None],
     on_step: Callable[[EpochMetrics], None] | None,
-    on_epoch: Callable[[EpochMetrics], None] | None,
     stop: Callable[[], bool] | None,
 ) -> None:
-    """Train to the end, or until stopped, and keep what is written in ``out`` up to date."""
-    finished, stopped, pause = trainer.finished, False, _Pause()
-    while not (finished or stopped):
+    """Train to the end, or until stopped; ``write`` after each epoch, and tell it of the last."""
+    ended = trainer.finished
+    while not ended:
         metrics = trainer.run_epoch(on_step, stop)
-        stopped = metrics is None
+        ended = metrics is None or trainer.finished
+        write(metrics, ended)
+
+
+class _Folder:
+    """What a training leaves on disk, kept up to date.
+
+    Args:
+        out: the folder.
+        trainer: what is saved.
+        checkpoint: how, weights and progress aside.
+        history: metrics of the epochs before.
+        on_epoch: called with those of an epoch, once they are written.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        trainer: Trainer,
+        checkpoint: Checkpoint,
+        history: list[EpochMetrics],
+        on_epoch: Callable[[EpochMetrics], None] | None,
+    ) -> None:
+        self._out = out
+        self._trainer = trainer
+        self._checkpoint = checkpoint
+        self._history = history
+        self._on_epoch = on_epoch
+        self._pause = _Pause()
+
+    def write(self, metrics: EpochMetrics | None, last: bool) -> None:
+        """Write the metrics of an epoch, if it came to its end, and now and then the checkpoint."""
         if metrics is not None:
-            history.append(metrics)
-            finished = trainer.finished
-        if finished or stopped or pause.over():
-            with pause:
-                weights = _on_cpu(trainer.result)
-                progress = None if finished else _progress(trainer, history)
-                checkpoint = replace(checkpoint, state_dict=weights, progress=progress)
-                checkpoint.save(out / "ckpt.pt")
-        write_text(out / "metrics.csv", _table(history))
-        if metrics is not None and on_epoch is not None:
-            on_epoch(metrics)
+            self._history.append(metrics)
+        if last or self._pause.over():
+            finished = last and metrics is not None
+            with self._pause:
+                weights = _on_cpu(self._trainer.result)
+                progress = None if finished else _progress(self._trainer, self._history)
+                found = replace(self._checkpoint, state_dict=weights, progress=progress)
+                found.save(self._out / "ckpt.pt")
+        write_text(self._out / "metrics.csv", _table(self._history))
+        if metrics is not None and self._on_epoch is not None:
+            self._on_epoch(metrics)
 
 
 class _Pause:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from certify.augmentation import Augmentation
 from certify.data import ImageData, pixels
-from certify.objective import Objective
+from certify.objective import Objective, Outcome
 from certify.optimisation import Clock, budget, learning_rate, make_optimizers
+from certify.ranks import ALONE, Ranks
 from certify.signal import UnsupportedModel
 from certify.training_config import TrainingConfig
 
@@ -70,6 +73,8 @@ class Trainer:
         data: training images.
         config: how to train.
         augment: applied to each batch in turn.
+        ranks: processes that train the same network on the same data, each with a share of every
+            batch; ``run_epoch`` and ``load_state_dict`` are calls that all have to make.
 
     Raises:
         UnsupportedModel: a network that could not be certified afterwards.
@@ -82,12 +87,15 @@ class Trainer:
         data: ImageData,
         config: TrainingConfig,
         augment: Sequence[Augmentation] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.config = config
         self.epoch = 0
         self._part: _Part | None = None
+        self._over = False
         self._augment = augment
+        self._ranks = ranks
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trained:
             raise UnsupportedModel("the model has no parameters to train")
@@ -98,6 +106,9 @@ class Trainer:
         _check_logits(model, pixels(self._images[:1]), self._labels)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._outcome: Callable[[Tensor, Tensor, float], Outcome] = self._objective
+        if ranks.count > 1:
+            self._outcome = _shared(model, self._objective, pixels(self._images[:1]))
         self._optimizers = make_optimizers(config, trained)
         self._trained = trained
         self._average: AveragedModel | None = None
@@ -115,7 +126,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether all epochs are done, or the time is over after one at least."""
-        return self.epoch > 0 and self._clock.done(self.epoch * self.steps_per_epoch) >= 1.0
+        return self.epoch >= self.config.epochs or (self.epoch > 0 and self._over)
 
     @property
     def result(self) -> nn.Module:
@@ -143,12 +154,14 @@ class Trainer:
         batches = part.order.to(self._device).split(self.config.batch_size)
         metrics = EpochMetrics(self.epoch, math.nan, 0.0, 0.0, 0.0)
         for index in range(part.step, len(batches)):
-            done = self._clock.done(self.epoch * self.steps_per_epoch + index)
+            done, stopped = self._agree(self.epoch * self.steps_per_epoch + index, stop)
             if done >= 1.0 and part.seen:
                 break
-            if stop is not None and stop():
+            if stopped:
                 return None
             chosen = batches[index]
+            if not self._ranks.first:  # whose own draws shall not be those of the first
+                torch.manual_seed(hash((self.config.seed, self.epoch, index, self._ranks.rank)))
             with parametrize.cached():  # weights that are computed from others, once a step
                 found = self._step(chosen, done)
             part.step = index + 1
@@ -161,7 +174,15 @@ class Trainer:
             metrics = part.metrics(self.epoch, self._clock.seconds)
         self.epoch += 1
         self._part = None
+        self._agree(self.epoch * self.steps_per_epoch)
         return metrics
+
+    def _agree(self, step: int, stop: Callable[[], bool] | None = None) -> tuple[float, bool]:
+        """Which fraction is done before a step, and whether any process is to stop."""
+        stopped = stop is not None and stop()
+        done, any_stopped = self._ranks.largest(self._clock.done(step), float(stopped))
+        self._over = done >= 1.0
+        return done, any_stopped > 0
 
     def _step(self, chosen: Tensor, done: float) -> list[float]:
         """Make one step at fraction ``done`` of the run; return the batch's four metrics."""
@@ -171,22 +192,20 @@ class Trainer:
                 group["lr"] = learning_rate(config, done)
         epsilon = budget(config, done)
 
-        x, labels = pixels(self._images[chosen]), self._labels[chosen]
-        for augmentation in self._augment:
-            x = augmentation(x, self._generator)
-        if config.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        found = self._objective(x, labels, epsilon)
+        x, labels, share = self._batch(chosen)
+        found = self._outcome(x, labels, epsilon)
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
-        found.loss.backward()
+        # The gradients of several processes are averaged.
+        (found.loss * (share * self._ranks.count)).backward()
         norm = nn.utils.clip_grad_norm_(self._trained, config.clip_norm or math.inf)
         with torch.no_grad():
             right = found.logits.argmax(dim=1) == labels
             safe = right & (found.worst.argmax(dim=1) == labels)
             means = found.loss, right.double().mean(), safe.double().mean(), found.lipschitz, norm
             # All at once: it is the only time in a step that a device is waited for.
-            *metrics, size = torch.stack([mean.double() for mean in means]).tolist()
+            mean = torch.stack([mean.double() for mean in means]) * share
+            *metrics, size = self._ranks.total(mean).tolist()
         for name, value in (("loss", metrics[0]), ("gradient", size)):
             if not math.isfinite(value):
                 raise TrainingDiverged(
@@ -194,6 +213,21 @@ class Trainer:
                 )
         self._update()
         return metrics
+
+    def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Own images and labels of a batch, and which share of it they are."""
+        x, labels = pixels(self._images[chosen]), self._labels[chosen]
+        for augmentation in self._augment:  # of the whole batch, so that all draw the same
+            x = augmentation(x, self._generator)
+        own = labels[self._ranks.own]
+        share = len(own) / len(labels)
+        if share:
+            x, labels = x[self._ranks.own], own
+        else:  # a batch with fewer images than processes
+            x, labels = x[:1], labels[:1]
+        if self.config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x, labels, share
 
     def _update(self) -> None:
         """Change the weights by their gradients."""
@@ -233,6 +267,33 @@ class Trainer:
         self.epoch = state["epoch"]
         self._part = None if state.get("part") is None else _Part(**state["part"])
         self._clock.restart(state["seconds"])
+        self._agree(self.epoch * self.steps_per_epoch)
+
+
+class _Whole(nn.Module):
+    """A loss together with the weights that it depends on, for `DistributedDataParallel`."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+
+    def forward(self, x: Tensor, labels: Tensor, epsilon: float) -> Outcome:
+        """The outcome; only its loss has a gradient."""
+        found = self._objective(x, labels, epsilon)
+        rest = found.logits.detach(), found.worst.detach(), found.lipschitz.detach()
+        return Outcome(found.loss, *rest)
+
+
+def _shared(model: nn.Module, objective: Objective, x: Tensor) -> nn.Module:
+    """The objective, with gradients that are averaged over all processes; ``x`` are inputs."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with _evaluating(model):
+        gradients = torch.autograd.grad(model(x).sum(), trained, allow_unused=True)
+    unused = any(gradient is None for gradient in gradients)
+    return DistributedDataParallel(
+        _Whole(model, objective), find_unused_parameters=unused, gradient_as_bucket_view=True
+    )
 
 
 def train(
@@ -254,18 +315,24 @@ def train(
     return metrics
 
 
-def _check_logits(model: nn.Module, x: Tensor, labels: Tensor) -> None:
-    """Refuse a model that could be traced, but whose logits are not for these labels."""
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     mode = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        yield
+    finally:
+        model.train(mode)
+
+
+def _check_logits(model: nn.Module, x: Tensor, labels: Tensor) -> None:
+    """Refuse a model that could be traced, but whose logits are not for these labels."""
+    try:
+        with _evaluating(model), torch.no_grad():
             logits: Tensor = model(x)
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the model does not take images as {x.dtype}: {reason}") from error
-    finally:
-        model.train(mode)
     if logits.ndim != 2:
         raise UnsupportedModel(f"expected logits (N, C), got shape {tuple(logits.shape)}")
     if int(labels.max()) >= logits.shape[1]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from certify.commands.options import ARCHITECTURES, common_options, one_line_errors
+from certify.commands.options import ARCHITECTURES, common_options, hidden, one_line_errors
 from certify.option_types import Setting
 from certify.train_options import training_options
 
@@ -49,10 +49,11 @@ def train(
     **training: Any,
 ) -> None:
     """Train a classifier and write ckpt.pt, config.json and metrics.csv to --out."""
-    with one_line_errors():
+    with one_line_errors(), ExitStack() as stack:
         from tqdm import tqdm
 
         from certify.architectures import is_users
+        from certify.ranks import job
         from certify.recipes import recipe
         from certify.run import RunConfig, run_training
         from certify.training import EpochMetrics, Trainer
@@ -65,7 +66,8 @@ def train(
         run = RunConfig(
             chosen.model, dict(chosen.hyperparameters), chosen.dataset, data_dir, config, device
         )
-        with tqdm(unit="step", disable=None, dynamic_ncols=True) as bar:
+        ranks = stack.enter_context(job())
+        with tqdm(unit="step", disable=hidden(ranks), dynamic_ncols=True) as bar:
 
             def start(trainer: Trainer) -> None:
                 bar.reset(total=config.epochs * trainer.steps_per_epoch)
@@ -79,7 +81,7 @@ def train(
                 if bar.disable:
                     click.echo(f"epoch {metrics.epoch + 1}/{config.epochs}: {_describe(metrics)}")
 
-            with stopped_by_signals() as stopped:
+            with stopped_by_signals(last=ranks.count == 1) as stopped:
                 checkpoint = run_training(
                     run,
                     folder,
@@ -90,24 +92,34 @@ def train(
                     on_step=step,
                     on_epoch=epoch,
                     stop=lambda: bool(stopped),
+                    ranks=ranks,
                 )
     path = folder / "ckpt.pt"
     if checkpoint.progress is not None:
-        click.echo(f"stopped and saved {path}; the same command with --resume goes on from there")
-        raise SystemExit(128 + stopped[0])
-    click.echo(f"wrote {path}; next: certify eval --model {path}{arch}")
+        if ranks.first:
+            click.echo(
+                f"stopped and saved {path}; the same command with --resume goes on from there"
+            )
+        raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
+    if ranks.first:
+        click.echo(f"wrote {path}; next: certify eval --model {path}{arch}")
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C, or SIGTERM as of a batch system; a second one is as ever."""
+def stopped_by_signals(last: bool = True) -> Iterator[list[int]]:
+    """Collect the first Ctrl-C, or SIGTERM as of a batch system.
+
+    A second one is as ever, if the first is to be the ``last``. It is not where ``torchrun`` sends
+    one after another, and ends what takes too long by other means.
+    """
     received: list[int] = []
     before: dict[signal.Signals, Any] = {}
 
     def receive(number: int, frame: object) -> None:
         received.append(number)
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        if last:
+            for one, handler in before.items():
+                signal.signal(one, handler)
 
     if threading.current_thread() is threading.main_thread():
         for one in (signal.SIGINT, signal.SIGTERM):

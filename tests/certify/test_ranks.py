@@ -1,4 +1,4 @@
-"""Evaluations that several processes share."""
+"""Trainings and evaluations that several processes share."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from certify.checkpoints import load_checkpoint
 from certify.ranks import Ranks
 
 
@@ -19,11 +22,19 @@ def test_items_are_shared_and_put_together_again() -> None:
     assert Ranks().joined(Ranks().share(items)) == items
 
 
-def run(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
+def launched(test: Any) -> Any:
+    """Mark a test that starts processes."""
+    windows = pytest.mark.skipif(sys.platform == "win32", reason="no gloo launcher to rely on")
+    return pytest.mark.slow(windows(test))
+
+
+def run(
+    processes: int, *command: str, path: str = "", module: str = "certify"
+) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), "-m", "certify", *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, *(launcher if processes > 1 else []), "-m", module, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
@@ -31,8 +42,7 @@ def run(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="no gloo launcher to rely on")
+@launched
 def test_shared_evaluations_write_the_same_bytes(run_folder: Path, tmp_path: Path) -> None:
     """Seven batches of four processes, the last one smaller."""
     model = ("--model", str(run_folder / "ckpt.pt"), "--limit", "64", "--batch-size", "10")
@@ -48,9 +58,118 @@ def test_shared_evaluations_write_the_same_bytes(run_folder: Path, tmp_path: Pat
         assert found[0] == found[1]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="no gloo launcher to rely on")
+@launched
 def test_bad_input_ends_a_shared_evaluation(tmp_path: Path) -> None:
     result = run(2, "eval", "--model", str(tmp_path / "none.pt"))
     assert result.returncode != 0
     assert "Error: " in result.stderr
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_checkpoint(folder / "ckpt.pt").state_dict
+    return found
+
+
+@launched
+def test_shared_training_is_that_of_one_process(tmp_path: Path) -> None:
+    """Batches of 999, so that the last of 4,000 images has four, and of 1,333: one is left."""
+    for size, processes in (("999", 2), ("1333", 4)):
+        folders = []
+        for count in (1, processes):
+            folders.append(tmp_path / f"{size}-{count}")
+            settings = (
+                "--epochs",
+                "2",
+                "--batch-size",
+                size,
+                "--set",
+                "hidden=[32]",
+                "--ema",
+                "0.5",
+            )
+            result = run(count, "train", *settings, "--clip-norm", "1", "--out", str(folders[-1]))
+            assert result.returncode == 0, result.stderr
+            assert result.stdout.count("wrote") == result.stdout.count("epoch 2/2") == 1
+        one, several = map(weights, folders)
+        for name in one:
+            assert torch.allclose(one[name], several[name], rtol=0, atol=2e-4), name
+
+
+@launched
+def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
+    """Two epochs of the same are what one process after another makes of them."""
+    common = ("train", "--batch-size", "1000", "--set", "hidden=[32]", "--epochs", "2")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(1, *common, "--out", str(whole)).returncode == 0
+    (tmp_path / "early.py").write_text(EARLY)
+    stopped = run(2, *common, "--out", str(parts), path=str(tmp_path), module="early")
+    assert "stopped and saved" in stopped.stdout
+    assert load_checkpoint(parts / "ckpt.pt").progress is not None
+    resumed = run(4, *common, "--out", str(parts), "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    one, several = weights(whole), weights(parts)
+    for name in one:
+        assert torch.allclose(one[name], several[name], rtol=0, atol=2e-4), name
+
+
+EARLY = """
+import os, signal
+from certify import cli, training
+
+step = training.Trainer._step
+
+def stopping(self, *arguments):
+    if self.epoch == 1 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, *arguments)
+
+training.Trainer._step = stopping
+cli.main()
+"""
+
+
+@launched
+def test_a_process_that_dies_ends_the_training(tmp_path: Path) -> None:
+    (tmp_path / "doomed.py").write_text(DOOMED)
+    out = tmp_path / "out"
+    command = ("train", "--model", "doomed:network", "--epochs", "100000", "--out", str(out))
+    result = run(2, *command, path=str(tmp_path))
+    assert result.returncode != 0
+    assert "SIGKILL" in result.stderr
+    assert "rank 0 ends as another process of this job is gone" in result.stderr
+    assert load_checkpoint(out / "ckpt.pt").progress is not None
+
+
+DOOMED = """
+import os, signal, threading
+import torch
+
+def network(input_shape, num_classes):
+    if os.environ.get("RANK") == "1":
+        threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    pixels = torch.Size(input_shape).numel()
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(pixels, num_classes))
+"""
+
+
+@launched
+def test_shared_proofs_are_those_of_one_process(tmp_path: Path) -> None:
+    """Layers of equal and of different shapes; what is written can be verified."""
+    model = (
+        "--model",
+        "2c2f",
+        "--input-shape",
+        "1,28,28",
+        "--dataset",
+        "mnist-5k",
+        "--limit",
+        "20",
+    )
+    found = []
+    for count in (1, 3):
+        files = [tmp_path / f"{name}-{count}" for name in ("csv", "save")]
+        options = ("--method", "supremum", "--csv", str(files[0]), "--save", str(files[1]))
+        result = run(count, "eval", *model, *options)
+        assert result.returncode == 0, result.stderr
+        found.append([file.read_bytes() for file in files])
+    assert found[0] == found[1]
