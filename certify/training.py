@@ -124,6 +124,11 @@ class Trainer:
         return math.ceil(len(self._labels) / self.config.batch_size)
 
     @property
+    def steps(self) -> int:
+        """Number of steps that are done."""
+        return self.epoch * self.steps_per_epoch + (self._part.step if self._part else 0)
+
+    @property
     def finished(self) -> bool:
         """Whether all epochs are done, or the time is over after one at least."""
         return self.epoch >= self.config.epochs or (self.epoch > 0 and self._over)

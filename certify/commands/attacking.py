@@ -12,7 +12,6 @@ from certify.commands.options import (
     check_folders,
     common_options,
     effort_options,
-    hidden,
     images_options,
     load_images,
     load_named,
@@ -49,10 +48,9 @@ def attack(
     """Attack every test image of any network. What withstands an attack is not proven robust."""
     check_folders(csv_path, json_path)
     with one_line_errors(), ExitStack() as stack:
-        from tqdm import tqdm
-
         from certify.attack import Effort
         from certify.attack_report import attack_data
+        from certify.commands.progress import Progress
         from certify.files import write_text
         from certify.ranks import job
         from certify.run import choose_device
@@ -75,7 +73,7 @@ def attack(
                 limit=limit,
             )
         )
-        with tqdm(total=len(data), unit="image", disable=hidden(ranks), leave=False) as bar:
+        with Progress(len(data), "image", shown=ranks.first) as bar:
             report = attack_data(
                 network.model.to(choose_device(device)),
                 network.input_shape,
@@ -84,7 +82,7 @@ def attack(
                 domain=domain,
                 effort=Effort(attack_steps, restarts, foolbox),
                 batch_size=batch_size,
-                on_batch=lambda count: bar.update(count * ranks.count) and None,
+                on_batch=lambda count: bar.update(count * ranks.count),
                 ranks=ranks,
             )
         if not ranks.first:

@@ -17,7 +17,6 @@ from certify.commands.options import (
     check_folders,
     common_options,
     effort_options,
-    hidden,
     images_options,
     load_images,
     load_named,
@@ -97,11 +96,11 @@ def evaluate(
     check_folders(record_path, csv_path, json_path, plot_path, report_path)
     with one_line_errors(), ExitStack() as stack:
         import torch
-        from tqdm import tqdm
 
         from certify.attack import Effort
         from certify.attacked import BrokenCertificate
         from certify.certified_model import CertifiedModel
+        from certify.commands.progress import Progress
         from certify.evaluation import evaluate as certify_data
         from certify.files import write_atomically, write_text
         from certify.norms import proven_norms
@@ -158,7 +157,7 @@ def evaluate(
             certified = certified_in(None)
         if record_path:
             certified.check_rounding()
-        with tqdm(total=len(data), unit="image", disable=hidden(ranks), leave=False) as bar:
+        with Progress(len(data), "image", shown=ranks.first) as bar:
             try:
                 report = certify_data(
                     certified,
@@ -167,7 +166,7 @@ def evaluate(
                     batch_size=batch_size,
                     certificate=certificate,
                     attack=Effort(attack_steps, restarts, foolbox) if attack else None,
-                    on_batch=lambda count: bar.update(count * ranks.count) and None,
+                    on_batch=lambda count: bar.update(count * ranks.count),
                     ranks=ranks,
                 )
             except BrokenCertificate as found:

@@ -50,11 +50,6 @@ def one_line_errors() -> Iterator[None]:
 ARCHITECTURES = "a name, torchvision:NAME, or package.module:factory"
 
 
-def hidden(ranks: Any) -> bool | None:
-    """Whether a process shows no progress bar; ``None`` to show one where there is a terminal."""
-    return None if ranks.first else True
-
-
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that both commands have."""
     for option in (

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from certify.commands.options import ARCHITECTURES, common_options, hidden, one_line_errors
+from certify.commands.options import ARCHITECTURES, common_options, one_line_errors
 from certify.option_types import Setting
 from certify.train_options import training_options
 
@@ -35,6 +35,7 @@ DEFAULT_RECIPE = "mnist-5k"
 @click.option("--out", metavar="DIR", help="Default: runs/DATASET-MODEL.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
+@click.option("--tensorboard", is_flag=True, help="Write the metrics for TensorBoard, too.")
 def train(
     recipe_name: str,
     dataset: str | None,
@@ -46,13 +47,14 @@ def train(
     out: str | None,
     resume: bool,
     overwrite: bool,
+    tensorboard: bool,
     **training: Any,
 ) -> None:
     """Train a classifier and write ckpt.pt, config.json and metrics.csv to --out."""
     with one_line_errors(), ExitStack() as stack:
-        from tqdm import tqdm
-
         from certify.architectures import is_users
+        from certify.commands.progress import Progress
+        from certify.events import Events
         from certify.ranks import job
         from certify.recipes import recipe
         from certify.run import RunConfig, run_training
@@ -66,34 +68,39 @@ def train(
         run = RunConfig(
             chosen.model, dict(chosen.hyperparameters), chosen.dataset, data_dir, config, device
         )
+        events = Events(folder / "tensorboard") if tensorboard else None
         ranks = stack.enter_context(job())
-        with tqdm(unit="step", disable=hidden(ranks), dynamic_ncols=True) as bar:
+        bars: list[Progress] = []
 
-            def start(trainer: Trainer) -> None:
-                bar.reset(total=config.epochs * trainer.steps_per_epoch)
-                bar.update(trainer.epoch * trainer.steps_per_epoch)
+        def start(trainer: Trainer) -> None:
+            total = config.epochs * trainer.steps_per_epoch
+            bar = Progress(total, "step", done=trainer.steps, leave=True)
+            bars.append(stack.enter_context(bar))
+            if events is not None:
+                stack.enter_context(events).begin(trainer.epoch)
 
-            def step(metrics: EpochMetrics) -> None:
-                bar.set_postfix_str(_describe(metrics), refresh=False)
-                bar.update()
+        def step(metrics: EpochMetrics) -> None:
+            bars[0].update(note=_describe(metrics))
 
-            def epoch(metrics: EpochMetrics) -> None:
-                if bar.disable:
-                    click.echo(f"epoch {metrics.epoch + 1}/{config.epochs}: {_describe(metrics)}")
+        def epoch(metrics: EpochMetrics) -> None:
+            if bars[0].in_log:
+                click.echo(f"epoch {metrics.epoch + 1}/{config.epochs}: {_describe(metrics)}")
+            if events is not None:
+                events.write(metrics)
 
-            with stopped_by_signals(last=ranks.count == 1) as stopped:
-                checkpoint = run_training(
-                    run,
-                    folder,
-                    download=download,
-                    resume=resume,
-                    overwrite=overwrite,
-                    on_start=start,
-                    on_step=step,
-                    on_epoch=epoch,
-                    stop=lambda: bool(stopped),
-                    ranks=ranks,
-                )
+        with stopped_by_signals(last=ranks.count == 1) as stopped:
+            checkpoint = run_training(
+                run,
+                folder,
+                download=download,
+                resume=resume,
+                overwrite=overwrite,
+                on_start=start,
+                on_step=step,
+                on_epoch=epoch,
+                stop=lambda: bool(stopped),
+                ranks=ranks,
+            )
     path = folder / "ckpt.pt"
     if checkpoint.progress is not None:
         if ranks.first:

@@ -35,8 +35,7 @@ def verify(
     Norms are proven again by LAPACK on a grid of frequencies, and the radii derived from them.
     """
     with one_line_errors():
-        from tqdm import tqdm
-
+        from certify.commands.progress import Progress
         from certify.records import read_record
         from certify.run import choose_device
         from certify.verification import verify as verify_record
@@ -55,11 +54,11 @@ def verify(
         )
         layers = record.get("layers")
         total = len(layers) if isinstance(layers, list) else 0
-        with tqdm(total=total, unit="bound", disable=None, leave=False) as bar:
+        with Progress(total, "bound") as bar:
             count = verify_record(
                 record,
                 network.model.to(choose_device(device)),
                 data,
-                on_layer=lambda done: bar.update(done - bar.n),
+                on_layer=lambda done: bar.update(),
             )
         click.echo(f"{total} bounds and {count:,} radii are proven: {certificate}")
