@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from certify.attack import Adversary, Effort
 from certify.attacked import Attacked, attack_all
 from certify.data import ImageData, pixels
-from certify.evaluation import check_data, epsilon_name, finite, percent
+from certify.evaluation import check_batch, check_budgets, epsilon_name, finite, percent
 from certify.folding import copy_with_plain_weights
 from certify.ranks import ALONE, Ranks
 
@@ -131,8 +131,11 @@ def attack_data(
         ]
     except RuntimeError as error:
         raise ValueError(f"the network cannot be computed in float64: {error}") from error
-    logits = torch.cat(predicted) if predicted else torch.zeros(0, 1)
-    check_data(data, tuple(input_shape), logits.shape[1], epsilons)
+    if not len(data):
+        raise ValueError("there are no images to attack")
+    logits = torch.cat(predicted)
+    check_batch(data.images, data.labels, input_shape, logits.shape[1])
+    check_budgets(epsilons)
     attacked = attack_all(
         adversary, data.images, epsilons, batch_size, on_batch=on_batch, ranks=ranks
     )

@@ -109,6 +109,17 @@ def certificate(logits: Tensor, margin_lipschitz: Tensor) -> Certificate:
     return Certificate(prediction, margin_radius(logits, prediction, bounds[prediction]))
 
 
+def in_a_row(parts: Sequence[Certificate]) -> Certificate:
+    """The certificates of batches that follow each other, as one; in the CPU's memory."""
+    parts = [part.cpu() for part in parts]
+    exact = [part.exact for part in parts if part.exact is not None]
+    return Certificate(
+        torch.cat([part.prediction for part in parts]),
+        torch.cat([part.radius for part in parts]),
+        torch.cat(exact) if exact else None,
+    )
+
+
 def largest_of(found: Sequence[Certificate]) -> tuple[Certificate, Tensor]:
     """Combine certificates of the same predictions.
 

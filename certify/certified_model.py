@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from certify.attack import Adversary
 from certify.bounding import Norms
 from certify.centres import proven_walk
-from certify.certificates import Certificate, check_certificate, largest_of
+from certify.certificates import Certificate, check_certificate, in_a_row, largest_of
 from certify.certificates import certificate as certified_by_margins
 from certify.dual import STEPS, DualResult
 from certify.folding import any_folded, copy_with_plain_weights, refuse_other_results
@@ -172,9 +172,12 @@ class CertifiedModel:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits ``(N, C)`` of inputs ``(N, *input_shape)``, in float64."""
+        check_floating(x)
         if tuple(x.shape[1:]) != self.input_shape:
+            one = tuple(x.shape) == self.input_shape
             raise ValueError(
-                f"expected inputs (N, {_listed(self.input_shape)}), got {_listed(x.shape)}"
+                f"expected inputs (N, {_listed(self.input_shape)}), got ({_listed(x.shape)})"
+                + ("; x[None] is a batch of one" if one else "")
             )
         # A copy: the model may begin with an operation in place.
         logits: Tensor = self._model(x.to(self._device, torch.float64, copy=True))
@@ -231,13 +234,16 @@ class CertifiedModel:
             return tuple(found)
         return (*found, "curvature", "dual")
 
-    def certify(self, x: Tensor, certificate: str = "lipschitz") -> Certificate:
+    def certify(
+        self, x: Tensor | Iterable[Tensor | Sequence[Tensor]], certificate: str = "lipschitz"
+    ) -> Certificate:
         """Predict and certify inputs ``(N, *input_shape)``; see `certify.certificate`.
 
         With a ``domain`` the radii are about perturbed inputs within it.
 
         Args:
-            x: the inputs.
+            x: the inputs; or batches of them, with or without labels, as a `DataLoader` gives
+                them (`certify.evaluate` looks at the labels).
             certificate: ``"lipschitz"``: by global bounds; ``"local"``: by what activations of
                 straight pieces, as ReLU, can do near each input, which takes longer and is never
                 worse (`certify.local`); ``"curvature"``: by the gradient at the input and bounds of
@@ -250,13 +256,17 @@ class CertifiedModel:
             UnsupportedModel: second derivatives of a network that has none.
         """
         check_certificate(certificate)
+        if not isinstance(x, Tensor):
+            batches = (batch if isinstance(batch, Tensor) else batch[0] for batch in x)
+            found = [self.certify(batch, certificate).cpu() for batch in batches]
+            if not found:
+                raise ValueError("there are no inputs to certify")
+            return in_a_row(found)
         if certificate == "best":
             return largest_of([self.certify(x, one) for one in self.applicable()])[0]
-        found = self._one(x, certificate)
+        one = self._one(x, certificate)
         # The global radius pays for less rounding.
-        return (
-            largest_of([found, self._one(x, "lipschitz")])[0] if certificate == "local" else found
-        )
+        return largest_of([one, self._one(x, "lipschitz")])[0] if certificate == "local" else one
 
     def _one(self, x: Tensor, certificate: str) -> Certificate:
         """Certify by one kind, rounding paid for."""
@@ -379,6 +389,14 @@ class CertifiedModel:
         if self.domain is not None and not _within(x, self.domain):
             raise ValueError(f"expected inputs with entries in {list(self.domain)}")
         return self.logits(x)
+
+
+def check_floating(x: Tensor) -> None:
+    """Refuse integers, whose units are not those of the network, with a ``ValueError``."""
+    if not x.is_floating_point():
+        raise ValueError(
+            f"expected inputs of floating point, got {x.dtype}; for images of bytes x / 255"
+        )
 
 
 def exact_copy(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:

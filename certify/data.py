@@ -59,8 +59,8 @@ class ImageData:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [0, 1], the units of every radius."""
-    return images.to(torch.float32) / 255.0
+    """uint8 images as float32 in [0, 1], the units of every radius; others as they are."""
+    return images.to(torch.float32) / 255.0 if images.dtype == torch.uint8 else images
 
 
 def load(

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from certify.attack import Effort
 from certify.attacked import Attacked, attack_all
-from certify.certificates import Certificate, check_certificate, largest_of
-from certify.certified_model import CertifiedModel
+from certify.certificates import Certificate, check_certificate, in_a_row, largest_of
+from certify.certified_model import CertifiedModel, check_floating
 from certify.curves import Curve
 from certify.data import ImageData, pixels
 from certify.ranks import ALONE, Ranks
@@ -234,9 +234,13 @@ class Report:
         )
 
 
+Batches = Iterable[Sequence[Tensor]]
+"""Such as a `DataLoader`: inputs ``(N, *input_shape)``, floats, and labels ``(N,)``, in turn."""
+
+
 def evaluate(
     certified: CertifiedModel,
-    data: ImageData,
+    data: ImageData | Batches,
     epsilons: Sequence[float] = (),
     *,
     batch_size: int = 500,
@@ -249,32 +253,48 @@ def evaluate(
 
     Args:
         certified: the network and its bounds.
-        data: images and labels.
-        epsilons: L2 budgets, in units of pixels in [0, 1].
-        batch_size: images per forward pass.
+        data: images and labels; or batches of both, as a `DataLoader` gives them.
+        epsilons: L2 budgets, in the units of the inputs (of pixels in [0, 1]).
+        batch_size: images per forward pass; a `DataLoader` has its own.
         certificate: as in `CertifiedModel.certify`.
         attack: how hard to attack every image as well; see `certify.attack`. A radius that is
-            broken raises `certify.attacked.BrokenCertificate`.
+            broken raises `certify.attacked.BrokenCertificate`. Batches are kept in memory for it.
         on_batch: called with the number of images done, after each batch.
         ranks: processes that share the batches; each returns the report of all.
 
     Raises:
         ValueError: no images, images of another shape than the network's input, labels that
             it has no logit for, a negative budget, or an unknown certificate.
+
+    Example:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        >>> images = TensorDataset(torch.rand(10, 3, 2, 2), torch.arange(10) % 3)
+        >>> report = evaluate(
+        ...     CertifiedModel(model, (3, 2, 2)), DataLoader(images, batch_size=4), [0.1]
+        ... )
+        >>> report.n, 0 <= report.certified_accuracy[0.1] <= report.clean_accuracy
+        (10, True)
     """
-    check_data(data, certified.input_shape, certified.num_classes, epsilons)
     check_certificate(certificate)
+    check_budgets(epsilons)
     start = time.perf_counter()
     lipschitz = certified.lipschitz().item()
     kinds = certified.applicable() if certificate == "best" else (certificate,)
     kinds = tuple(dict.fromkeys(("lipschitz", *kinds)))
-    if certificate != "lipschitz":
-        certified.certify(pixels(data.images[:1]), certificate)  # what is once for all inputs
-    done: list[dict[str, Certificate]] = []
     times = dict.fromkeys(("logits", *kinds), 0.0)
+    done: list[tuple[Tensor, dict[str, Certificate]]] = []
+    kept: list[Tensor] = []
     passes = 0
-    for batch in ranks.share(data.images.split(batch_size)):
-        x = pixels(batch)
+    for index, (images, labels) in enumerate(_batches(data, batch_size)):
+        check_batch(images, labels, certified.input_shape, certified.num_classes)
+        if attack is not None:
+            kept.append(images)
+        if index == 0 and certificate != "lipschitz":
+            certified.certify(pixels(images[:1]), certificate)  # what is once for all inputs
+        if index % ranks.count != ranks.rank:
+            continue
+        x = pixels(images)
         if certificate != "lipschitz":  # to compare with
             times["logits"] += _timed(certified.logits, x)[1]
         found_by: dict[str, Certificate] = {}
@@ -287,22 +307,23 @@ def evaluate(
                 one, seconds = _timed(certified.certify, x, kind)
             found_by[kind] = one.cpu()
             times[kind] += seconds
-        done.append(found_by)
+        done.append((labels.cpu(), found_by))
         if on_batch is not None:
-            on_batch(len(batch))
+            on_batch(len(images))
     done, passes = ranks.joined(done), sum(ranks.joined([passes]))
-    parts = {kind: [found_by[kind] for found_by in done] for kind in kinds}
-    whole = {kind: _joined(found) for kind, found in parts.items()}
+    if not done:
+        raise ValueError("there are no images to evaluate")
+    labels = torch.cat([labels for labels, _ in done])
+    whole = {kind: in_a_row([found_by[kind] for _, found_by in done]) for kind in kinds}
     chosen = [whole[kind] for kind in kinds] if certificate == "best" else [whole[certificate]]
     found, _ = largest_of(chosen)
     seconds = time.perf_counter() - start
     asked = kinds if certificate == "best" else (certificate,)
     attacked = None
     if attack is not None:
-        adversary = certified.adversary.with_effort(attack)
         attacked = attack_all(
-            adversary,
-            data.images,
+            certified.adversary.with_effort(attack),
+            torch.cat(kept),
             epsilons,
             batch_size,
             radius=found.radius,
@@ -310,7 +331,7 @@ def evaluate(
             ranks=ranks,
         )
     return Report(
-        data.labels,
+        labels,
         found,
         tuple(epsilons),
         lipschitz,
@@ -318,10 +339,23 @@ def evaluate(
         seconds,
         radii={kind: one.radius for kind, one in whole.items()},
         costs={kind: times[kind] / times["logits"] for kind in asked if times["logits"]},
-        passes=passes / len(data) if "dual" in kinds else None,
+        passes=passes / len(labels) if "dual" in kinds else None,
         attack=attacked,
         precision=_arithmetic(certified),
     )
+
+
+def _batches(data: ImageData | Batches, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(data, ImageData):
+        if len(data):
+            yield from zip(data.images.split(size), data.labels.split(size), strict=True)
+        return
+    for batch in data:
+        if not isinstance(batch, Sequence) or len(batch) != 2:
+            raise ValueError("expected batches of two, inputs and labels, as a DataLoader gives")
+        inputs, labels = batch
+        check_floating(inputs)
+        yield inputs, labels
 
 
 def _arithmetic(certified: CertifiedModel) -> str:
@@ -330,24 +364,29 @@ def _arithmetic(certified: CertifiedModel) -> str:
     return "exact" if certified.rounding_is_known else "exact beyond the logits"
 
 
-def check_data(
-    data: ImageData, input_shape: tuple[int, ...], num_classes: int, epsilons: Sequence[float]
+def check_batch(
+    images: Tensor, labels: Tensor, input_shape: Sequence[int], num_classes: int
 ) -> None:
-    """Refuse data that a network cannot be evaluated on, and budgets that are none.
+    """Refuse images that a network does not take, and labels that it has no logit for.
 
     Raises:
         ValueError: see `evaluate`.
     """
-    if len(data) == 0:
-        raise ValueError("there are no images to evaluate")
-    if data.input_shape != input_shape:
+    if len(labels) != len(images) or labels.ndim != 1:
+        raise ValueError(f"expected {len(images)} labels, got shape {tuple(labels.shape)}")
+    if tuple(images.shape[1:]) != tuple(input_shape):
         raise ValueError(
-            f"the model takes images of shape {input_shape}, the data has {data.input_shape}"
+            f"the model takes images of shape {tuple(input_shape)}, the data has "
+            f"{tuple(images.shape[1:])}"
         )
-    if int(data.labels.max()) >= num_classes:
+    if len(labels) and int(labels.max()) >= num_classes:
         raise ValueError(
-            f"the model has {num_classes} classes, the data has a label {int(data.labels.max())}"
+            f"the model has {num_classes} classes, the data has a label {int(labels.max())}"
         )
+
+
+def check_budgets(epsilons: Sequence[float]) -> None:
+    """Refuse what is no L2 budget, with a ``ValueError``."""
     if any(not 0 <= epsilon < math.inf for epsilon in epsilons):
         raise ValueError(f"expected eps >= 0, got {list(epsilons)}")
 
@@ -356,15 +395,6 @@ def _timed(call: Callable[..., _Result], *arguments: Any) -> tuple[_Result, floa
     start = time.perf_counter()
     result = call(*arguments)
     return result, time.perf_counter() - start
-
-
-def _joined(parts: Sequence[Certificate]) -> Certificate:
-    exact = [part.exact for part in parts if part.exact is not None]
-    return Certificate(
-        torch.cat([part.prediction for part in parts]),
-        torch.cat([part.radius for part in parts]),
-        torch.cat(exact) if exact else None,
-    )
 
 
 def epsilon_name(epsilon: float) -> str:

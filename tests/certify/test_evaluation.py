@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import models
 from certify import Certificate, CertifiedModel, Report, evaluate, load_model
@@ -165,3 +166,46 @@ def test_best_says_which_certificate_won_and_what_attacks_leave() -> None:
     table = report.to_table()
     for text in ("lipschitz    attacked", "largest by dual", "solved exactly", "passes per image"):
         assert text in table
+
+
+def test_a_loader_gives_what_the_images_give() -> None:
+    """Certificates and attacks of the same images, as bytes and as batches of floats."""
+    model = models.build("mlp", hidden=(8,), input_shape=(1, 4, 4), num_classes=3)
+    certified = CertifiedModel(model, (1, 4, 4))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (11, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(11) % 3
+    loader = DataLoader(TensorDataset(pixels(images), labels), batch_size=4)
+    data = ImageData(images, labels, ("a", "b", "c"))
+    for certificate in ("lipschitz", "best"):
+        asked = {"certificate": certificate, "attack": Effort(steps=5), "batch_size": 4}
+        one, other = (evaluate(certified, each, [0.1], **asked) for each in (data, loader))
+        assert one.to_csv() == other.to_csv()
+        assert one.certified_accuracy == other.certified_accuracy
+    found = certified.certify(loader)
+    assert torch.equal(found.radius, certified.certify(pixels(images)).radius)
+    assert torch.equal(
+        found.prediction, certified.certify(list(pixels(images).split(2))).prediction
+    )
+
+
+def test_loaders_that_do_not_fit_are_refused() -> None:
+    model = models.build("mlp", hidden=(8,), input_shape=(1, 4, 4), num_classes=3)
+    certified = CertifiedModel(model, (1, 4, 4))
+    images = torch.rand(5, 1, 4, 4)
+    for batches, message in (
+        ([], "no images"),
+        ([images], "inputs and labels"),
+        ([(images, torch.zeros(4))], "expected 5 labels"),
+        ([(images, torch.full((5,), 3))], "has a label 3"),
+        ([(images[..., 1:], torch.zeros(5))], "the data has"),
+        ([((255 * images).byte(), torch.zeros(5))], "floating point"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(certified, batches)
+    with pytest.raises(ValueError, match="no inputs"):
+        certified.certify([])
+    with pytest.raises(ValueError, match=r"x\[None\] is a batch of one"):
+        certified.certify(images[0])
+    with pytest.raises(ValueError, match="x / 255"):
+        certified.certify((255 * images).byte())
