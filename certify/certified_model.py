@@ -54,8 +54,9 @@ class CertifiedModel:
     computes the logits is paid for, as far as `rounding_is_known`; else it is not (about 1e-13
     relative). With a ``precision``, the radii hold for what a machine computes in that arithmetic
     (`certify.precision` says what is assumed of it), here and at perturbed inputs that are numbers
-    of it, or of float32 where it is coarser. Not included is the rounding of gradients, and of
-    values at points other than the input, in ``"curvature"`` and ``"dual"`` certificates.
+    of it, or of float32 where it is coarser. Not included, in ``"curvature"`` and ``"dual"``
+    certificates, is the rounding in float64 of gradients, of values at points other than the
+    input, and of the features that a smooth head on a backbone starts from.
 
     Args:
         model: a module that maps ``(N, *input_shape)`` to logits ``(N, C)``.

@@ -101,7 +101,7 @@ def proven_radius(
 ) -> Tensor:
     r"""Radius that one point proves, by the best ``eta``.
 
-    Claim: the module's text. With ``s = 1 - eta K`` the bound is
+    Claim: the module's text. With ``s = 1 - eta K`` and ``c = |g|^2`` the bound is
     ``const - (f / K + c / (2 K^2)) s - |delta + g / K|^2 / (2 s)``, largest at
     ``s = |delta + g / K| / sqrt(2 f / K + |g|^2 / K^2)``. A larger ``K`` holds as well; those that
     are tiny beside ``|g|^2 / f`` are raised. Any ``eta`` would do, so that only the evaluation

@@ -249,7 +249,8 @@ def lattice_bound(
 
     * ``"fantastic_four"``: the smallest of ``2**d`` matrices, see `fantastic_four_bound`; at most
       ``sqrt(T)`` too large.
-    * ``"tensor_norm"``: see `tensor_norm_bound`; rarely above the former, and no more either.
+    * ``"tensor_norm"``: see `tensor_norm_bound`; rarely above the former, at most
+      ``1.001 sqrt(T)`` too large where its own search ends.
     * ``"gram_iteration"``: see `gram_iteration_supremum_bound`; a grid of frequencies and 8
       squarings: at most ``1.005**d m**(1 / 512)`` too large.
     * ``"supremum"``: branch and bound, see `supremum_bracket`; at most ``1 + tol`` too large, and

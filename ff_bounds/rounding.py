@@ -6,7 +6,13 @@ normal number where the result underflows. The model holds for IEEE float64 on C
 any order of summation, with or without fused multiply-add, and with subnormal results flushed
 to zero (`torch.set_flush_denormal` also reads subnormal *weights* as zeros: the bound is then that
 of the flushed weights, which are what the layer computes with). It does not hold for Strassen-like
-matrix products, nor for the emulated float64 that cuBLAS 13 offers to those who switch it on.
+matrix products, complex ones of three real products included, nor for the emulated float64 that
+cuBLAS 13 offers to those who switch it on.
+
+Two more things are assumed where they are used: that sines, cosines, the arc cosine and the complex
+exponential are off by ``4 u`` at most (`ff_bounds.symbol`, `frequency_grid`, `circular`, `peak`,
+`certify.grid_proofs`), and on CPUs that LAPACK's Cholesky solves triangular systems by
+substitution (`ff_bounds.positive`).
 
 References:
     N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 2002, chapters 2 and 3.
