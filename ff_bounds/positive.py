@@ -23,9 +23,10 @@ def proves_positive(matrix: Tensor, slack: Tensor) -> Tensor:
     ``lambda_min(M) >= -4(m + 4) u tr(M)`` (Demmel; Rump 2006, complex and generous). So success
     for ``M = matrix - slack I`` is the proof if ``slack`` is at least `factorisation_slack`, which
     leaves a factor for the rounding of the subtraction; half of what is beyond it may pay for
-    errors of ``matrix`` itself. It is assumed that the library's Cholesky is a Cholesky, with triangular
-    systems solved by substitution; off the CPU, where that is not known, the factor's residual
-    ``||M - L L^H||_F`` is checked instead (its own rounding is below a quarter of the slack).
+    errors of ``matrix`` itself. It is assumed that the library's Cholesky is a Cholesky, with
+    triangular systems solved by substitution; off the CPU, where that is not known, the factor's
+    residual ``||M - L L^H||_F`` is checked instead (its own rounding is below a quarter of the
+    slack).
 
     Args:
         matrix: ``(cells, m, m)`` float64 or complex128, of which the lower triangle counts;
