@@ -8,8 +8,9 @@
 #                                               [--quick]
 #
 # Without `--weights` nothing is downloaded and the weights are random: the bounds are then about
-# a network as it starts its training, and the classes mean nothing. `--quick` takes a smaller
-# network and trains less at the end.
+# a network as it starts its training, and the classes mean nothing. With weights the images are as
+# large as in their training, which can take minutes; `--size 64` is faster. `--quick` takes a
+# smaller network and trains less at the end.
 
 # %%
 import argparse
