@@ -65,7 +65,8 @@ def _works_in_place(root: nn.Module, n: fx.Node) -> bool:
     operators = n.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
     named = name.endswith("_") and not name.endswith("__")
     # Among positional arguments True may be ``inplace``; one copy too many does no harm.
-    return operators or named or True in n.args[1:] or bool(n.kwargs.get("inplace", False))
+    flagged = any(argument is True for argument in n.args[1:]) or n.kwargs.get("inplace", False)
+    return operators or named or bool(flagged)
 
 
 def _needed(graph: fx.Graph, start: fx.Node) -> set[fx.Node]:

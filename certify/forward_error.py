@@ -35,7 +35,7 @@ from certify.nodes import Operation
 from certify.operators import Matrix, Weighted
 from certify.precision import PRECISIONS, Precision
 from certify.rules.rounding import Call, norms_of, sum_of
-from certify.signal import Affine, Lipschitz, Product, Signal, UnknownRounding, Wrapping
+from certify.signal import Affine, Lipschitz, Product, Signal, Slopes, UnknownRounding, Wrapping
 from ff_bounds.rounding import product_bound, round_up, sum_bound
 
 
@@ -233,7 +233,8 @@ class _Walk(fx.Interpreter):
         self._radius = radius
         self._exact = exact
         self._fixed = {n for n in graph.graph.nodes if n not in owner.operations}
-        self.sizes: dict[Signal, Tensor] = {}
+        self.sizes: dict[Signal, Tensor] = {}  # of the exact tensors, and of those computed
+        self._computed: dict[Signal, Tensor] = {}  # of the latter
         self._entries: dict[Signal, int] = {}
         self.carried: dict[Signal, Tensor] = {}
         self.added: dict[Signal, Tensor] = {}
@@ -259,7 +260,7 @@ class _Walk(fx.Interpreter):
                     arguments,
                     options,
                     signal,
-                    sum_of([self.sizes[source] for source in operation.sources]),
+                    sum_of([self._computed[source] for source in operation.sources]),
                     size,
                     self._constant((n, place), operation, signal),
                     (sum(entries.values()), count),
@@ -288,12 +289,17 @@ class _Walk(fx.Interpreter):
         if self._exact is not None and self._precision.unit > 2.0**-24:
             lost = 2.0 * self._precision.smallest * math.sqrt(entries)
             error = round_up(self._precision.unit * (size + self._radius) + lost, 3)
-        self._keep(place, signal, error, round_up(size + self._radius + error, 3))
+        size = round_up(size + self._radius + error, 3)
+        self._keep(place, signal, error, size, size)
 
     def _note(self, place: tuple[fx.Node, int], operation: Operation, call: Call) -> None:
         """Bound the error and the size of a result."""
         owner, signal, size = self._owner, call.signal, call.leaving
         before = owner.carry(signal, dict(self.carried), self.sizes)
+        if isinstance(signal.step, Slopes) and math.isfinite(signal.step.largest):
+            # As far apart as two values of the function can be, whatever enters.
+            farthest = 2.0 * signal.step.largest * math.sqrt(call.entries[1])
+            before = before.clamp_max(farthest * (1.0 + 2.0**-50))
         if self._exact is None:
             # What is computed is known, and the exact result by the rule itself, as that grows by
             # at most half of what `leaving` does.
@@ -308,12 +314,20 @@ class _Walk(fx.Interpreter):
         local = torch.where(most < self._precision.largest / 8.0, local, torch.inf)
         error = sum_bound(before, local)
         self.added[signal] = sum_bound(self.added[signal], local) if signal in self.added else local
-        self._keep(place, signal, error, sum_bound(size, error))
+        # In the float64 pass what is computed is known.
+        larger = sum_bound(size, error)
+        self._keep(place, signal, error, larger, size if self._exact is None else larger)
 
     def _keep(
-        self, place: tuple[fx.Node, int], signal: Signal, error: Tensor, size: Tensor
+        self,
+        place: tuple[fx.Node, int],
+        signal: Signal,
+        error: Tensor,
+        size: Tensor,
+        computed: Tensor,
     ) -> None:
         """Several nodes may stand for one signal, as where a constant is added: the largest."""
-        for known, new in ((self.carried, error), (self.sizes, size)):
+        found = ((self.carried, error), (self.sizes, size), (self._computed, computed))
+        for known, new in found:
             known[signal] = torch.maximum(known[signal], new) if signal in known else new
         self.errors[place] = self.carried[signal]

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from certify.rules.registry import RULES, Rule, lipschitz_rule
+from certify.rules.rounding import exact
 from certify.signal import Signal, UnsupportedModel
 
 
@@ -21,7 +22,8 @@ def register_installed() -> None:
         for name in names:
             operation = getattr(sys.modules.get(module), name, None)
             if operation is not None and operation not in RULES:
-                lipschitz_rule(operation)(rule)
+                rounding = exact if rule in _MOVING else None
+                lipschitz_rule(operation, rounding=rounding)(rule)
 
 
 def stochastic_depth(input: Signal, p: float, mode: str, training: bool = True) -> Signal:
@@ -70,6 +72,9 @@ def scaled_householder(module: Any, x: Signal) -> Signal:
         raise UnsupportedModel(f"HouseHolder along axis {module.axis} of {x.shape}")
     return householder(module, x).scaled(math.sqrt(0.5) * (1 + 2**-50))
 
+
+_MOVING = (stochastic_depth, stochastic_depth_module)
+"""Rules of operations that compute nothing."""
 
 _RULES: tuple[tuple[str, tuple[str, ...], Rule], ...] = (
     ("torchvision.ops.stochastic_depth", ("stochastic_depth",), stochastic_depth),
