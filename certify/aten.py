@@ -176,19 +176,24 @@ class Conversion:
 
     def put_maxmin(self) -> None:
         """Write the sorting of pairs of channels, which is one operation to a rule, as one."""
-        for n in list(self.graph.nodes):
-            source = _source_of_pairs(n, self._shapes)
+        erased = set()
+        for n in list(self.graph.nodes)[::-1]:  # the last of several reshapes first
+            source = None if n in erased else _source_of_pairs(n, self._shapes)
             if source is None:
                 continue
             self.made["maxmin"] = MaxMin()
             with self.graph.inserting_before(n):
-                n.replace_all_uses_with(self.graph.call_module("maxmin", (source,)))
+                whole = self.graph.call_module("maxmin", (source,))
+                if self._shapes[source] != self._shapes[n]:
+                    whole = self.graph.call_method("reshape", (whole, *n.args[1:]))
+            n.replace_all_uses_with(whole)
             idle = [n]
             while idle:
                 last = idle.pop()
-                if not last.users and last is not source:
+                if not last.users and last is not source and last not in erased:
                     idle += last.all_input_nodes
                     self.graph.erase_node(last)
+                    erased.add(last)
 
     # What the spelled operations ask for.
 
@@ -450,9 +455,10 @@ _SPELLED: dict[str, _Spelled] = {
 def _source_of_pairs(n: fx.Node, shapes: Mapping[fx.Node, tuple[int, ...]]) -> fx.Node | None:
     """What a node sorts in pairs of channels, as `models.MaxMin` does; ``None`` if it does not.
 
-    It is ``y.reshape(x.shape)`` with ``y = stack([maximum(a, b), minimum(a, b)], 2)``, where ``a``
-    and ``b`` are the two entries along axis 2 of ``x`` as ``(N, C / 2, 2, ...)``. Concatenated
-    along axis 2, wherever they have one, they come in the same order.
+    It is ``y.reshape(...)`` with ``y = stack([maximum(a, b), minimum(a, b)], 2)``, where ``a`` and
+    ``b`` are the two entries along axis 2 of ``x`` as ``(N, C / 2, 2, ...)``: the entries of the
+    sorted ``x`` in their order, in any shape. Concatenated along axis 2, wherever they have one,
+    the extrema come in the same order.
     """
     both = _stacked(n)
     extrema = [(m.target, m.args) for m in both]
@@ -469,9 +475,9 @@ def _source_of_pairs(n: fx.Node, shapes: Mapping[fx.Node, tuple[int, ...]]) -> f
     if grouped or not isinstance(group, fx.Node):
         return None
     source = _reshaped(group)
-    if source is None or shapes[source] != shapes[n] or len(shapes[n]) < 2:
+    if source is None or len(shapes[source]) < 2:
         return None
-    batch, channels, *others = shapes[n]
+    batch, channels, *others = shapes[source]
     fits = shapes[group] == (batch, channels // 2, 2, *others) and channels % 2 == 0
     return source if fits else None
 

@@ -8,7 +8,7 @@ precision and in float64.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,14 @@ class Program:
         tensors: parameters, buffers and constants, by the names that the graph has for them.
         shape: of the input, batch first; ``None`` for a size that may vary.
         dtype: of the input.
-        original: the program itself, if there is one to compare with.
+        reference: what else computes the program on a batch, to be compared with it.
     """
 
     graph: fx.Graph
     tensors: Mapping[str, Tensor]
     shape: tuple[int | None, ...]
     dtype: torch.dtype
-    original: ExportedProgram | None = None
+    reference: Callable[[Tensor], Tensor] | None = None
 
     def input_shape(self, given: Sequence[int] | None = None) -> tuple[int, ...]:
         """Shape of one input, without the batch.
@@ -117,7 +117,7 @@ def read(program: ExportedProgram) -> Program:
     if not isinstance(example, Tensor):
         raise UnsupportedModel(_ONE_INPUT)
     shape = tuple(size if isinstance(size, int) else None for size in example.shape)
-    return Program(graph, tensors, shape, example.dtype, program)
+    return Program(graph, tensors, shape, example.dtype, lambda x: program.module()(x))
 
 
 _ONE_INPUT = "expected a program with one tensor as input and one as result"
@@ -200,10 +200,10 @@ def module_of(
                     "the program does not compute for a batch what it does for each input"
                     + (f": {_DYNAMIC}" if fixed else "")
                 )
-        if program.original is not None:
-            own = _run(lambda x: _in_parts(program.original.module(), x, program.shape[0]), example)
-            if not agree(expected, own):
-                raise UnsupportedModel("the program's module computes something else")
+        if program.reference is not None:
+            other = _in_parts(program.reference, example, program.shape[0])
+            if not agree(expected, other):
+                raise UnsupportedModel("what was read of the program computes something else")
     return module
 
 

@@ -20,6 +20,7 @@ from certify.checkpoints import (
     parse_checkpoint,
     read_file,
 )
+from certify.onnx_files import is_onnx, read_onnx
 from certify.program_files import is_program, read_program
 from certify.programs import module_of
 from models import Normalize
@@ -69,8 +70,8 @@ def load_network(
     Args:
         model: a checkpoint of ``certify train``; a file with a state dict (``.safetensors``, or
             anything that ``torch.save`` wrote), which needs ``arch``; a program of
-            ``torch.export`` (``.pt2``); or an architecture, which then has the weights that it is
-            built with, the same ones each time.
+            ``torch.export`` (``.pt2``) or an ONNX graph (``.onnx``); or an architecture, which
+            then has the weights that it is built with, the same ones each time.
         arch: name for `certify.architectures.build`. A checkpoint needs it only where the
             architecture is the user's own code.
         input_shape: shape of one input; may be omitted for checkpoints, for programs, and for
@@ -93,7 +94,7 @@ def load_network(
         if arch is not None:
             raise ValueError(f"--arch is for files of weights; {model} names an architecture")
         loaded = _untrained(model, given, input_shape, num_classes)
-    elif is_program(model):
+    elif is_program(model) or is_onnx(model):
         if arch is not None or given:
             raise ValueError(f"--arch and --set are for files of weights; {model} is a program")
         loaded = _from_program(model, input_shape)
@@ -128,7 +129,7 @@ def _untrained(
 
 
 def _from_program(path: str, input_shape: Sequence[int] | None) -> LoadedNetwork:
-    program = read_program(path)
+    program = read_onnx(path, input_shape) if is_onnx(path) else read_program(path)
     shape = program.input_shape(input_shape)
     name = Path(path).stem
     return LoadedNetwork(module_of(program, shape), name, f"{path} (a program)", shape)

@@ -74,7 +74,7 @@ def network_options(command: Callable[..., None]) -> Callable[..., None]:
             "--model",
             required=True,
             metavar="FILE",
-            help="A ckpt.pt, weights, a program (.pt2), or an architecture.",
+            help="A ckpt.pt, weights, a program (.pt2, .onnx), or an architecture.",
         ),
     ):
         command = option(command)

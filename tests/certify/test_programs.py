@@ -271,6 +271,18 @@ def test_pairs_are_sorted_only_where_they_are() -> None:
     assert CertifiedModel(program, (4,)).lipschitz() >= 1.0
 
 
+def test_sorted_pairs_of_another_shape() -> None:
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            pairs = x.reshape(x.shape[0], 2, 2, 3)
+            first, second = pairs[:, :, 0], pairs[:, :, 1]
+            both = torch.stack([torch.maximum(first, second), torch.minimum(first, second)], 2)
+            return both.reshape(x.shape[0], -1)
+
+    program = export(Flat(), (4, 3))
+    assert_same(program, nn.Sequential(models.MaxMin(), nn.Flatten()), (4, 3))
+
+
 @pytest.mark.parametrize("name", ["mlp", "maxmin", "pooled", "sort"])
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_files_are_read_as_torch_reads_them(name: str, decomposed: bool, tmp_path: Path) -> None:
