@@ -200,8 +200,9 @@ def module_of(
                     "the program does not compute for a batch what it does for each input"
                     + (f": {_DYNAMIC}" if fixed else "")
                 )
-        if program.reference is not None:
-            other = _in_parts(program.reference, example, program.shape[0])
+        run = program.reference
+        if run is not None:
+            other = _run(lambda x: _in_parts(run, x, program.shape[0]), example)
             if not agree(expected, other):
                 raise UnsupportedModel("what was read of the program computes something else")
     return module
