@@ -162,7 +162,7 @@ class _Reader:
     def constant(self, value: Any) -> _Value:
         """A constant as a tensor that is stored."""
         tensor = torch.from_numpy(np.array(value))
-        name = self._names.attribute("constant")
+        name = self._names.attribute(f"constant_{len(self.tensors)}")
         self.tensors[name] = tensor
         return _Value(self.graph.get_attr(name), tensor)
 

@@ -145,14 +145,17 @@ class Names:
     """Names of attributes, none twice, in which nothing of a file is code."""
 
     def __init__(self) -> None:
-        self._count: dict[str, int] = {}
+        self._used: set[str] = set()
 
     def attribute(self, name: str) -> str:
         """A name like this one for an attribute of a module."""
-        plain = "stored_" + re.sub(r"[^0-9A-Za-z_]", "_", name)
-        self._count[plain] = self._count.get(plain, 0) + 1
-        count = self._count[plain]
-        return plain if count == 1 else f"{plain}__{count}"
+        plain = found = "stored_" + re.sub(r"[^0-9A-Za-z_]", "_", name)
+        count = 1
+        while found in self._used:
+            count += 1
+            found = f"{plain}__{count}"
+        self._used.add(found)
+        return found
 
 
 def module_of(

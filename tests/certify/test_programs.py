@@ -22,7 +22,7 @@ from certify.aten import _binding
 from certify.checkpoints import CheckpointError
 from certify.cli import main
 from certify.program_files import read_program
-from certify.programs import module_of, read
+from certify.programs import Names, module_of, read
 from certify.weights import load_network
 
 pytestmark = [
@@ -373,6 +373,12 @@ def test_names_in_a_file_are_not_code(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="damaged"):  # of the operation's argument
         load_network(rewritten(path, str(tmp_path / "named.pt2"), renamed))
+
+
+def test_no_two_tensors_have_one_name() -> None:
+    names = Names()
+    given = ["a.b", "a_b", "a_b__2", "a.b__2", "a-b"]
+    assert len({names.attribute(name) for name in given}) == len(given)
 
 
 @pytest.mark.parametrize("operation", ["from_file", "set_", "resize_", "rand", "item"])
