@@ -9,6 +9,7 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from certify.attack import Adversary
 from certify.bounding import Norms
@@ -25,6 +26,7 @@ from certify.local_radius import local_certificate
 from certify.norms import Prove, check_method, proven_norms
 from certify.operators import Weighted
 from certify.precision import precision as precision_named
+from certify.programs import module_of
 from certify.signal import Signal, UnknownRounding, UnsupportedModel
 from certify.smooth_radii import SmoothRadii
 from certify.tightening import NetworkBound, bound_network
@@ -59,7 +61,8 @@ class CertifiedModel:
     input, and of the features that a smooth head on a backbone starts from.
 
     Args:
-        model: a module that maps ``(N, *input_shape)`` to logits ``(N, C)``.
+        model: a module that maps ``(N, *input_shape)`` to logits ``(N, C)``, or a program of
+            ``torch.export`` that does (`certify.programs`).
         input_shape: shape of one input, e.g. ``(1, 28, 28)``.
         method: how convolutions are bounded, see `ff_bounds.conv_bound`.
         tighten: how far the bound goes beyond the product of norms, one of
@@ -89,7 +92,7 @@ class CertifiedModel:
     @torch.inference_mode(False)  # whose tensors cannot be watched for writes in place
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | ExportedProgram,
         input_shape: Sequence[int],
         *,
         method: str = "fantastic_four",
@@ -99,6 +102,8 @@ class CertifiedModel:
         prove: Prove = proven_norms,
     ) -> None:
         check_method(method)
+        if not isinstance(model, nn.Module):
+            model = module_of(model, input_shape)
         self._prove = prove
         self.precision = None if precision is None else precision_named(precision)
         self.method = method

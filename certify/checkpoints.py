@@ -147,7 +147,7 @@ def read_file(path: str | Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error says it
-            _check_archive(path)
+            check_archive(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load's failures have no common type
         raise CheckpointError(
@@ -156,7 +156,7 @@ def read_file(path: str | Path) -> Any:
         ) from error
 
 
-def _check_archive(path: str | Path) -> None:
+def check_archive(path: str | Path) -> None:
     """Compare checksums, which torch.load leaves out; refuse what would grow when unpacked.
 
     Raises:

@@ -217,7 +217,7 @@ def _changes(model: nn.Module, graph: LipschitzGraph, images: Tensor) -> dict[st
 
 
 def _norms(tensor: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(tensor.flatten(1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(tensor.reshape(len(tensor), -1), dim=1)
     return norms.reshape(-1, *[1] * (tensor.ndim - 1))
 
 

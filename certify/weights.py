@@ -20,6 +20,9 @@ from certify.checkpoints import (
     parse_checkpoint,
     read_file,
 )
+from certify.onnx_files import is_onnx, read_onnx
+from certify.program_files import is_program, read_program
+from certify.programs import module_of
 from models import Normalize
 
 _NESTED = ("state_dict", "model", "model_state_dict")  # where training scripts put it
@@ -66,12 +69,13 @@ def load_network(
 
     Args:
         model: a checkpoint of ``certify train``; a file with a state dict (``.safetensors``, or
-            anything that ``torch.save`` wrote), which needs ``arch``; or an architecture, which
+            anything that ``torch.save`` wrote), which needs ``arch``; a program of
+            ``torch.export`` (``.pt2``) or an ONNX graph (``.onnx``); or an architecture, which
             then has the weights that it is built with, the same ones each time.
         arch: name for `certify.architectures.build`. A checkpoint needs it only where the
             architecture is the user's own code.
-        input_shape: shape of one input; may be omitted for checkpoints, and for torchvision's
-            architectures, whose images are 224 x 224.
+        input_shape: shape of one input; may be omitted for checkpoints, for programs, and for
+            torchvision's architectures, whose images are 224 x 224.
         hyperparameters: keyword arguments of the architecture.
         num_classes: passed to the architecture where it has an argument of that name. A
             checkpoint has its own number.
@@ -81,6 +85,7 @@ def load_network(
     Raises:
         CheckpointError: an unreadable file, or weights that do not fit the architecture.
         ArchitectureError: an architecture that cannot be built.
+        UnsupportedModel: a program with operations that are not known.
         ValueError: arguments that do not go together.
     """
     model, given = str(model), dict(hyperparameters or {})
@@ -89,6 +94,10 @@ def load_network(
         if arch is not None:
             raise ValueError(f"--arch is for files of weights; {model} names an architecture")
         loaded = _untrained(model, given, input_shape, num_classes)
+    elif is_program(model) or is_onnx(model):
+        if arch is not None or given:
+            raise ValueError(f"--arch and --set are for files of weights; {model} is a program")
+        loaded = _from_program(model, input_shape)
     else:
         content = _read(model)
         if is_checkpoint(content):
@@ -117,6 +126,13 @@ def _untrained(
     network = _build(name, arguments)
     origin = "its factory's own weights" if architectures.is_users(name) else "randomly initialised"
     return LoadedNetwork(network.eval(), name, f"{name} ({origin})", shape)
+
+
+def _from_program(path: str, input_shape: Sequence[int] | None) -> LoadedNetwork:
+    program = read_onnx(path, input_shape) if is_onnx(path) else read_program(path)
+    shape = program.input_shape(input_shape)
+    name = Path(path).stem
+    return LoadedNetwork(module_of(program, shape), name, f"{path} (a program)", shape)
 
 
 def _from_checkpoint(

@@ -80,7 +80,10 @@ def network_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--arch", metavar="NAME", help=f"Architecture of the file: {ARCHITECTURES}."),
         click.option(
-            "--model", required=True, metavar="FILE", help="A ckpt.pt, weights, or an architecture."
+            "--model",
+            required=True,
+            metavar="FILE",
+            help="A ckpt.pt, weights, a program (.pt2, .onnx), or an architecture.",
         ),
     ):
         command = option(command)

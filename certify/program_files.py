@@ -1,0 +1,274 @@
+"""Files of ``torch.export.save``, read without executing anything in them.
+
+``torch.export.load`` unpickles and evaluates what a file says, so it is for files that one trusts.
+A file is an archive of a graph as JSON and of tensors, in one of three layouts that torch has had
+since 2.6; that is all that is needed.
+
+References:
+    The schema of the graph: ``torch/_export/serde/schema.py``, version 8.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import operator
+import sys
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from certify.checkpoints import CheckpointError, check_archive
+from certify.programs import Names, Program, refuse_signature
+from certify.signal import UnsupportedModel
+
+_DTYPES = {
+    1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64,
+    6: torch.float16, 7: torch.float32, 8: torch.float64, 12: torch.bool, 13: torch.bfloat16,
+}  # fmt: skip
+_FORMATS = {
+    1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d,
+    4: torch.preserve_format,
+}  # fmt: skip
+_STRIDED = 7
+_SCHEMA = 8
+_LARGEST_INPUT = 2**26
+
+
+def is_program(path: str | Path) -> bool:
+    """Whether a file's name says that it holds a program."""
+    return Path(path).suffix == ".pt2"
+
+
+def read_program(path: str | Path) -> Program:
+    """Read a program that ``torch.export.save`` wrote; nothing in the file is executed.
+
+    Raises:
+        CheckpointError: no such file, or not a whole one.
+        UnsupportedModel: operations or arguments other than those of plain networks.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"no program at {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it
+            check_archive(path)
+            with zipfile.ZipFile(path) as archive:
+                return _program(_Archive(archive))
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise CheckpointError(
+            f"{path} is not a program, or it is damaged ({reason}); expected what "
+            "torch.export.save(torch.export.export(model, ...), ...) writes"
+        ) from error
+
+
+class _Archive:
+    """A file's entries, by their paths behind the folder that all of them may be in."""
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self._archive = archive
+        names = archive.namelist()
+        (self._graph,) = (
+            name
+            for name in names
+            if name == "serialized_exported_program.json" or name.endswith("models/model.json")
+        )
+        self._folder = self._graph.removesuffix("models/model.json")
+        self._old = self._graph == self._folder
+        if self._old:
+            self._folder = ""
+        if "byteorder" in self and self._read("byteorder").decode() != sys.byteorder:
+            raise ValueError("it is from a machine with another order of bytes")
+
+    def __contains__(self, name: str) -> bool:
+        return self._folder + name in self._archive.namelist()
+
+    def _read(self, name: str) -> bytes:
+        return self._archive.read(self._folder + name)
+
+    def graph(self) -> Any:
+        """The graph with all that belongs to it, as JSON."""
+        return json.loads(self._archive.read(self._graph))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        found: dict[str, Tensor] = {}
+        for kind, old in (("weights", "state_dict"), ("constants", "constants")):
+            whole = f"serialized_{old}.pt" if self._old else f"data/{kind}/model.pt"
+            if whole in self:
+                found.update(self._pickled(whole) or {})
+            else:
+                entries = json.loads(self._read(f"data/{kind}/model_{kind}_config.json"))
+                for name, entry in entries["config"].items():
+                    found[name] = self._tensor(f"data/{kind}/{entry['path_name']}", entry)
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def _pickled(self, name: str) -> Any:
+        content = self._read(name)
+        if not content:
+            return None
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+    def _tensor(self, name: str, entry: Any) -> Any:
+        if entry["use_pickle"]:
+            return self._pickled(name)
+        meta, content = entry["tensor_meta"], self._read(name)
+        if meta["layout"] != _STRIDED:
+            raise ValueError(f"{name} is not a plain tensor")
+        dtype = _DTYPES[meta["dtype"]]
+        sizes, strides = ([_number(n) for n in meta[key]] for key in ("sizes", "strides"))
+        if not content:
+            return torch.zeros(sizes, dtype=dtype) if 0 in sizes else None
+        values = torch.frombuffer(bytearray(content), dtype=dtype)
+        if math.prod(sizes) > values.numel():  # a hostile file could ask for all memory
+            raise ValueError(f"{name} is not stored entry by entry")
+        return values.as_strided(sizes, strides, _number(meta["storage_offset"])).clone()
+
+
+def _number(size: Mapping[str, Any]) -> int:
+    number = size["as_int"]
+    if type(number) is not int:
+        raise ValueError(f"{number!r} is not a number")
+    return number
+
+
+def _program(archive: _Archive) -> Program:
+    content = archive.graph()
+    if content["schema_version"]["major"] != _SCHEMA:
+        raise ValueError(f"schema {content['schema_version']['major']}, not {_SCHEMA}")
+    graph, signature = content["graph_module"]["graph"], content["graph_module"]["signature"]
+    inputs = [next(iter(spec.items())) for spec in signature["input_specs"]]
+    outputs = [next(iter(spec.items())) for spec in signature["output_specs"]]
+    refuse_signature(
+        sum(kind == "user_input" for kind, _ in inputs),
+        [kind == "user_output" for kind, _ in outputs],
+    )
+    stored = archive.tensors()
+    reader, names, tensors = _Reader(), Names(), {}
+    for kind, spec in inputs:
+        if kind == "user_input":
+            given = spec["arg"]["as_tensor"]["name"]
+            reader.nodes[given] = reader.graph.placeholder("x")
+            continue
+        target = spec.get(
+            {"parameter": "parameter_name", "buffer": "buffer_name"}.get(
+                kind, "tensor_constant_name"
+            )
+        )
+        if target in stored:  # what is not, may be without use
+            name = names.attribute(target)
+            tensors[name] = stored[target]
+            reader.nodes[spec["arg"]["name"]] = reader.graph.get_attr(name)
+    for node in graph["nodes"]:
+        reader.add(node)
+    reader.graph.output(reader.nodes[outputs[0][1]["arg"]["as_tensor"]["name"]])
+    for n in reversed(reader.graph.nodes):
+        if n.op == "get_attr" and not n.users:
+            del tensors[str(n.target)]
+            reader.graph.erase_node(n)
+    meta = graph["tensor_values"][given]
+    shape = tuple(_number(size) if "as_int" in size else None for size in meta["sizes"])
+    if not shape or math.prod(size or 1 for size in shape) > _LARGEST_INPUT or 0 in shape:
+        raise ValueError(f"inputs of shape {shape}")
+    return Program(reader.graph, tensors, shape, _DTYPES[meta["dtype"]])
+
+
+class _Reader:
+    """Makes a graph from the nodes of a file."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.nodes: dict[str, fx.Node] = {}
+
+    def add(self, node: Any) -> None:
+        """Add a node, and one for each of its results where there are several."""
+        target = self._target(node["target"])
+        given = {entry["name"]: self._argument(entry["arg"], node) for entry in node["inputs"]}
+        if isinstance(target, torch._ops.OpOverload):
+            ordered = [a.name for a in target._schema.arguments if not a.kwarg_only]
+            defaults = {a.name: a.default_value for a in target._schema.arguments}
+            if not given.keys() <= defaults.keys():  # names of arguments become code
+                raise ValueError(f"{target} takes no such arguments")
+            last = max((ordered.index(name) + 1 for name in given if name in ordered), default=0)
+            args = tuple(given.pop(name, defaults[name]) for name in ordered[:last])
+        else:
+            args, given = tuple(given.values()), {}
+        made = self.graph.call_function(target, args, given)
+        outputs = node["outputs"]
+        if len(outputs) == 1 and "as_tensors" in outputs[0]:
+            results = [{"as_tensor": each} for each in outputs[0]["as_tensors"]]
+        elif len(outputs) > 1:
+            results = outputs
+        else:
+            for output in outputs:
+                self.nodes[_name(output)] = made
+            return
+        for index, output in enumerate(results):
+            if "as_none" not in output:
+                part = self.graph.call_function(operator.getitem, (made, index))
+                self.nodes[_name(output)] = part
+
+    def _target(self, name: str) -> Any:
+        """An operation by its name; only torch's core and arithmetic of sizes are looked up."""
+        if name.startswith("_operator."):
+            found = getattr(operator, name.removeprefix("_operator."), None)
+            if found in (operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg):
+                return found
+        parts = name.split(".")
+        if parts[:3] == ["torch", "ops", "aten"] and len(parts) == 5:
+            found = getattr(getattr(torch.ops.aten, parts[3], None), parts[4], None)
+            if isinstance(found, torch._ops.OpOverload):
+                return found
+        raise UnsupportedModel(f"no Lipschitz rule for {name!r} of a program")
+
+    def _argument(self, argument: Any, node: Any) -> Any:
+        ((kind, value),) = argument.items()
+        if kind in ("as_int", "as_bool", "as_string", "as_ints", "as_bools"):
+            return value
+        if kind == "as_none":
+            return None
+        if kind == "as_float":
+            return float(value)
+        if kind == "as_floats":
+            return [float(each) for each in value]
+        if kind == "as_tensor":
+            return self.nodes[value["name"]]
+        if kind in ("as_tensors", "as_sym_ints", "as_optional_tensors"):
+            return [self._named(each) for each in value]
+        if kind in ("as_optional_tensor", "as_sym_int"):
+            return self._named(value)
+        if kind == "as_scalar_type":
+            return _DTYPES[value]
+        if kind == "as_memory_format":
+            return _FORMATS[value]
+        if kind == "as_layout" and value == _STRIDED:
+            return torch.strided
+        if kind == "as_device":
+            return torch.device("cpu")  # where it is read
+        raise UnsupportedModel(f"{node['target']} with an argument {kind!r}")
+
+    def _named(self, value: Any) -> Any:
+        """A tensor or a size in a list."""
+        if "as_int" in value:
+            return _number(value)
+        if "as_none" in value:
+            return None
+        inner = value.get("as_tensor", value)
+        return self.nodes[inner["as_name"] if "as_name" in inner else inner["name"]]
+
+
+def _name(output: Any) -> str:
+    """Name of a result: of a tensor or of a size."""
+    ((_, value),) = output.items()
+    name = value["as_name"] if "as_name" in value else value["name"]
+    assert isinstance(name, str)
+    return name

@@ -1,0 +1,303 @@
+"""Programs of ``torch.export`` as modules that can be traced.
+
+A program is a graph of ATen operations. It is written again with the functions of torch that have
+Lipschitz rules (`certify.aten`), and the two are compared on examples, in the program's own
+precision and in float64.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+
+from certify.aten import converted, is_about_types, refuse_unknown
+from certify.signal import UnsupportedModel
+from certify.tracing import agree, example_of, without_tf32
+
+_DYNAMIC = (
+    "export it with a batch of any size: torch.export.export(model, (x,), "
+    "dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))"
+)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network as a graph of ATen operations.
+
+    Attributes:
+        graph: one placeholder, the input; ``get_attr`` for tensors; calls of operations; one tensor
+            as output.
+        tensors: parameters, buffers and constants, by the names that the graph has for them.
+        shape: of the input, batch first; ``None`` for a size that may vary.
+        dtype: of the input.
+        reference: what else computes the program on a batch, to be compared with it.
+    """
+
+    graph: fx.Graph
+    tensors: Mapping[str, Tensor]
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+    reference: Callable[[Tensor], Tensor] | None = None
+
+    def input_shape(self, given: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Shape of one input, without the batch.
+
+        Args:
+            given: what the caller takes it for; needed where a size may vary.
+
+        Raises:
+            ValueError: another one than the program's, or none where it is needed.
+        """
+        sizes = self.shape[1:]
+        if given is None:
+            if None in sizes:
+                raise ValueError(
+                    f"pass the input shape: the program takes inputs {_listed(self.shape)}"
+                )
+            return tuple(size for size in sizes if size is not None)
+        fits = len(given) == len(sizes) and all(
+            size in (None, other) for size, other in zip(sizes, given, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"the program takes inputs {_listed(self.shape)}, not of shape {tuple(given)}"
+            )
+        return tuple(given)
+
+
+def read(program: ExportedProgram) -> Program:
+    """Take a program of ``torch.export`` apart.
+
+    Raises:
+        UnsupportedModel: other than one tensor as input and one as result, or tensors that it
+            changes.
+    """
+    signature = program.graph_signature
+    outputs = [spec.kind for spec in signature.output_specs]
+    refuse_signature(
+        [spec.kind is InputKind.USER_INPUT for spec in signature.input_specs].count(True),
+        [kind is OutputKind.USER_OUTPUT for kind in outputs],
+    )
+    graph, tensors, names = fx.Graph(), {}, Names()
+    specs = {
+        spec.arg.name: spec
+        for spec in signature.input_specs
+        if isinstance(spec.arg, TensorArgument)
+    }
+    stored = {**program.constants, **program.state_dict}
+    copies: dict[fx.Node, fx.Node] = {}
+    example: Any = None
+    for n in program.graph.nodes:
+        if n.op == "placeholder":
+            spec = specs.get(n.name)
+            if spec is None or spec.kind is InputKind.USER_INPUT:
+                copies[n] = graph.placeholder("x")
+                example = n.meta["val"]
+            elif n.users:
+                value = stored.get(str(spec.target))
+                if not isinstance(value, Tensor):
+                    raise UnsupportedModel(f"{spec.target!r} of the program is not a tensor")
+                name = names.attribute(str(spec.target))
+                tensors[name] = value.detach().clone()
+                copies[n] = graph.get_attr(name)
+        elif n.op == "output":
+            results: Any = n.args[0]
+            graph.output(copies[results[0]])
+        elif n.op == "get_attr":
+            raise UnsupportedModel(f"node {n.name!r}: a part of the program with a mode of its own")
+        else:
+            copies[n] = graph.node_copy(n, copies.__getitem__)
+    if not isinstance(example, Tensor):
+        raise UnsupportedModel(_ONE_INPUT)
+    shape = tuple(size if isinstance(size, int) else None for size in example.shape)
+    return Program(graph, tensors, shape, example.dtype, lambda x: program.module()(x))
+
+
+_ONE_INPUT = "expected a program with one tensor as input and one as result"
+
+
+def refuse_signature(inputs: int, plain: Sequence[bool]) -> None:
+    """Refuse programs with other than one input and one result.
+
+    Args:
+        inputs: how many the caller gives.
+        plain: of each result, whether the caller gets it; others are assigned to buffers.
+
+    Raises:
+        UnsupportedModel: so it is.
+    """
+    if not all(plain):
+        raise UnsupportedModel(
+            "the program changes its own tensors, as in training mode; export model.eval()"
+        )
+    if inputs != 1 or len(plain) != 1:
+        raise UnsupportedModel(_ONE_INPUT)
+
+
+class Names:
+    """Names of attributes, none twice, in which nothing of a file is code."""
+
+    def __init__(self) -> None:
+        self._used: set[str] = set()
+
+    def attribute(self, name: str) -> str:
+        """A name like this one for an attribute of a module."""
+        plain = found = "stored_" + re.sub(r"[^0-9A-Za-z_]", "_", name)
+        count = 1
+        while found in self._used:
+            count += 1
+            found = f"{plain}__{count}"
+        self._used.add(found)
+        return found
+
+
+def module_of(
+    program: ExportedProgram | Program, input_shape: Sequence[int] | None = None
+) -> nn.Module:
+    """Write a program as a module that can be traced and certified.
+
+    Args:
+        program: in evaluation mode, that maps one tensor ``(N, *input_shape)`` to one tensor.
+        input_shape: shape of one input; not needed unless the program takes several.
+
+    Returns:
+        A module in evaluation mode for batches of any size. It has the program's own tensors.
+
+    Raises:
+        UnsupportedModel: an operation that is not known here, or a program that computes something
+            else for several inputs than for each.
+        ValueError: an input shape that does not fit.
+    """
+    if not isinstance(program, Program):
+        program = read(program)
+    shape = program.input_shape(input_shape)
+    if not program.dtype.is_floating_point:
+        raise UnsupportedModel(f"the program takes inputs of {program.dtype}")
+    refuse_unknown(program.graph)
+    device = next((t.device for t in program.tensors.values()), torch.device("cpu"))
+    example = _whole(example_of(shape).to(device, program.dtype), program.shape[0])
+    with torch.no_grad(), without_tf32():
+        noted = _Interpreter(program)
+        expected = _run(noted.in_parts, example)
+        conversion = converted(program.graph, noted.values, program.shape[0])
+        module = _module({**program.tensors, **conversion.made}, conversion.graph)
+        exact = example.to(torch.float64)
+        doubled = _module(
+            {name: _doubled(t) for name, t in {**program.tensors, **conversion.made}.items()},
+            conversion.graph,
+        )
+        for found, wanted in (
+            (_try(module, example), expected),
+            (_try(doubled, exact), _try(_Interpreter(program, torch.float64).in_parts, exact)),
+        ):
+            if found is None or wanted is None or not agree(found, wanted):
+                fixed = program.shape[0] is not None
+                raise UnsupportedModel(
+                    "the program does not compute for a batch what it does for each input"
+                    + (f": {_DYNAMIC}" if fixed else "")
+                )
+        run = program.reference
+        if run is not None:
+            other = _run(lambda x: _in_parts(run, x, program.shape[0]), example)
+            if not agree(expected, other):
+                raise UnsupportedModel("what was read of the program computes something else")
+    return module
+
+
+def _whole(example: Tensor, batch: int | None) -> Tensor:
+    """Repeat samples, so that they come in batches of the only size that a program takes."""
+    if batch is None:
+        return example
+    count = -(-len(example) // max(1, batch)) * batch
+    return example[torch.arange(count, device=example.device) % len(example)]
+
+
+def _in_parts(run: Any, x: Tensor, batch: int | None) -> Any:
+    """Run a program, on batches of the only size that it takes."""
+    if batch is None:
+        return run(x.clone())
+    return torch.cat([run(part.clone()) for part in x.split(batch)])
+
+
+def _run(run: Any, x: Tensor) -> Tensor:
+    try:
+        result = run(x)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"the program does not run on inputs of shape {tuple(x.shape[1:])}: {reason}"
+        ) from error
+    if not isinstance(result, Tensor) or not result.is_floating_point():
+        raise UnsupportedModel("the program must return one tensor of real numbers")
+    return result
+
+
+def _try(run: Any, x: Tensor) -> Tensor | None:
+    """Run on a copy; ``None`` where that fails."""
+    try:
+        result = run(x.clone())
+    except Exception:  # of any of torch's operations
+        return None
+    return result if isinstance(result, Tensor) else None
+
+
+def _module(attributes: Mapping[str, Tensor | nn.Module], graph: fx.Graph) -> nn.Module:
+    """A module of a graph; tensors of real numbers are its parameters."""
+    named = {
+        name: nn.Parameter(value, requires_grad=False)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in attributes.items()
+    }
+    return fx.GraphModule(named, graph, class_name="ExportedProgram").eval()
+
+
+def _doubled(value: Tensor | nn.Module) -> Tensor | nn.Module:
+    return value.double() if isinstance(value, nn.Module) or value.is_floating_point() else value
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a program's own operations and notes the values of its nodes.
+
+    Args:
+        program: whose tensors are copied, as they could be written to.
+        dtype: what real numbers are converted to, if not left as they are. Conversions between
+            types, which may then only be those that do nothing in the program, do nothing.
+    """
+
+    def __init__(self, program: Program, dtype: torch.dtype | None = None) -> None:
+        holder = nn.Module()
+        for name, tensor in program.tensors.items():
+            real = tensor.is_floating_point()
+            holder.register_buffer(name, tensor.to(dtype if real else None, copy=True))
+        super().__init__(holder, graph=program.graph)
+        self.extra_traceback = False
+        self.values: dict[fx.Node, Any] = {}
+        self._batch = program.shape[0]
+        self._converted = dtype is not None
+
+    def in_parts(self, x: Tensor) -> Any:
+        """Run on the batches that the program takes."""
+        return _in_parts(self.run, x, self._batch)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Note the value."""
+        self.values[n] = result = super().run_node(n)
+        return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation."""
+        if self._converted and is_about_types(target):
+            return args[0].clone() if target is torch.ops.aten._to_copy.default else args[0]
+        return super().call_function(target, args, kwargs)
+
+
+def _listed(shape: Sequence[int | None]) -> str:
+    return f"({', '.join('any' if size is None else str(size) for size in shape)})"

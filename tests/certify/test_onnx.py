@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+import models
+from certify import CertifiedModel, UnsupportedModel
+from certify.checkpoints import CheckpointError
+from certify.cli import main
+from certify.weights import load_network
+
+
+def exported(
+    model: nn.Module, shape: tuple[int, ...], path: Path, *, modern: bool, fixed: bool = False
+) -> str:
+    """Write an ONNX file, by either exporter of torch."""
+    pytest.importorskip("onnxscript" if modern else "onnx")
+    options: dict[str, Any] = {"dynamo": modern, "input_names": ["x"], "verbose": False}
+    if not fixed:
+        axes = {0: torch.export.Dim.DYNAMIC} if modern else {0: "batch"}
+        options |= {"dynamic_shapes": (axes,)} if modern else {"dynamic_axes": {"x": axes}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        torch.onnx.export(model.eval(), (torch.rand(2, *shape),), str(path), **options)
+    return str(path)
+
+
+def nets() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    torch.manual_seed(1)
+    small = {"input_shape": (1, 12, 12), "width": 4}
+    return {
+        "mlp": (models.build("mlp", hidden=(8,), input_shape=(1, 4, 4)), (1, 4, 4)),
+        "maxmin": (models.build("2c2f", **small, mean=(0.5,), std=(0.25,)), (1, 12, 12)),
+        "relu": (models.build("2c2f", activation="relu", **small), (1, 12, 12)),
+        "pooled": (
+            nn.Sequential(
+                nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+                nn.Dropout(), nn.AvgPool2d(3, 2, padding=1), nn.LeakyReLU(0.25),
+                nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.ReLU6(),
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+            ),
+            (1, 12, 12),
+        ),
+        "residual": (
+            nn.Sequential(
+                nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), BasicBlock(4, 4), nn.Flatten(),
+                nn.Linear(4 * 36, 3),
+            ),
+            (1, 6, 6),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("modern", [False, True])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("name", nets())
+def test_bounds_are_those_of_the_module(
+    name: str, fixed: bool, modern: bool, tmp_path: Path
+) -> None:
+    model, shape = nets()[name]
+    network = load_network(
+        exported(model, shape, tmp_path / "net.onnx", modern=modern, fixed=fixed)
+    )
+    assert network.input_shape == shape
+    expected, found = CertifiedModel(model, shape), CertifiedModel(network.model, shape)
+    x = torch.rand(4, *shape)
+    # The exporters fold normalisation into convolutions, in float32.
+    torch.testing.assert_close(found.lipschitz(), expected.lipschitz(), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(found.logits(x), expected.logits(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found.certify(x).radius, expected.certify(x).radius, rtol=1e-4, atol=1e-5
+    )
+    assert found.rounding_is_known
+    if name in ("mlp", "maxmin", "relu"):
+        torch.testing.assert_close(found.lipschitz(), expected.lipschitz(), rtol=1e-9, atol=0.0)
+        torch.testing.assert_close(found.logits(x), expected.logits(x), rtol=1e-12, atol=1e-12)
+
+
+class Function(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.name == "cast":
+            return x.half().float()
+        if self.name == "batch":
+            return x - x.mean(0, keepdim=True)
+        return torch.sin(x) if self.name == "sine" else torch.softmax(x, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cast", "conversion to another type"),
+        ("batch", "batch"),
+        ("sine", "Sin of ONNX is not known"),
+        ("softmax", "Softmax of ONNX is not known"),
+    ],
+)
+def test_what_cannot_be_certified_is_refused(name: str, reason: str, tmp_path: Path) -> None:
+    path = exported(Function(name), (4,), tmp_path / "net.onnx", modern=False)
+    with pytest.raises(UnsupportedModel, match=reason):
+        CertifiedModel(load_network(path).model, (4,))
+
+
+def graph_of(*nodes: Any, sizes: Any = ("n", 4), **stored: Tensor) -> Any:
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
+    real = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        list(nodes),
+        "g",
+        [helper.make_tensor_value_info("x", real, sizes)],
+        [helper.make_tensor_value_info("y", real, ("n", "c"))],
+        [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in stored.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+
+
+def test_asymmetric_padding_and_slices(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    make = onnx.helper.make_node
+    model = graph_of(
+        make("Conv", ["x", "w"], ["a"], pads=[0, 1, 2, 0], name="conv"),
+        make("Slice", ["a", "from", "to", "axis"], ["b"]),
+        make("Split", ["b"], ["c", "d"], axis=1),
+        make("Max", ["c", "d"], ["e"]),
+        make("ReduceMean", ["e"], ["y"], axes=[2, 3], keepdims=0),
+        sizes=("n", 1, 5, 6),
+        w=torch.randn(4, 1, 2, 3, generator=torch.Generator().manual_seed(0)),
+        **{"from": torch.tensor([1]), "to": torch.tensor([9]), "axis": torch.tensor([2])},
+    )
+    path = tmp_path / "net.onnx"
+    onnx.save(model, str(path))
+    network = load_network(str(path))
+    assert network.input_shape == (1, 5, 6)
+    assert CertifiedModel(network.model, (1, 5, 6)).lipschitz() > 0
+
+
+def test_the_shape_is_the_files(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = graph_of(
+        onnx.helper.make_node("GlobalAveragePool", ["x"], ["a"]),
+        onnx.helper.make_node("Flatten", ["a"], ["y"]),
+        sizes=("n", 2, "h", 5),
+    )
+    path = str(tmp_path / "net.onnx")
+    onnx.save(model, path)
+    assert load_network(path, input_shape=(2, 3, 5)).input_shape == (2, 3, 5)
+    with pytest.raises(ValueError, match="pass the input shape"):
+        load_network(path)
+    with pytest.raises(ValueError, match="not of shape"):
+        load_network(path, input_shape=(2, 3, 6))
+
+
+def test_constants_that_are_computed_are_refused(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = graph_of(
+        onnx.helper.make_node("Exp", ["w"], ["v"], name="e"),
+        onnx.helper.make_node("Mul", ["x", "v"], ["y"]),
+        w=torch.rand(4),
+    )
+    path = str(tmp_path / "net.onnx")
+    onnx.save(model, path)
+    with pytest.raises(UnsupportedModel, match="node 'e': Exp computes constants"):
+        load_network(path)
+
+
+def test_damaged_files_are_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    model, shape = nets()["mlp"]
+    path = tmp_path / "net.onnx"
+    whole = Path(exported(model, shape, path, modern=False)).read_bytes()
+    for content in (b"", b"nothing", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="not an ONNX file, or it is damaged"):
+            load_network(str(path))
+        result = CliRunner().invoke(main, ["bound", "--model", str(path)])
+        assert result.exit_code == 2
+        assert len(result.output.strip().splitlines()) == 1
+
+
+def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(CheckpointError, match=r"pip install onnx; or export .* torch.export"):
+        load_network(str(path))
+
+
+def test_command_line(tmp_path: Path) -> None:
+    model = models.build("mlp", hidden=(8,), input_shape=(1, 28, 28))
+    path = exported(model, (1, 28, 28), tmp_path / "net.onnx", modern=False)
+    images = ["--dataset", "mnist-5k", "--limit", "20"]
+    result = CliRunner().invoke(main, ["eval", "--model", path, *images])
+    assert result.exit_code == 0, result.output
