@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,14 @@ from torch import Tensor, nn
 from certify.attack import Adversary, Effort
 from certify.attacked import Attacked, attack_all
 from certify.data import ImageData, pixels
-from certify.evaluation import check_batch, check_budgets, epsilon_name, finite, percent
+from certify.evaluation import (
+    check_batch,
+    check_budgets,
+    csv_by_index,
+    epsilon_name,
+    finite,
+    percent,
+)
 from certify.folding import copy_with_plain_weights
 from certify.ranks import ALONE, Ranks
 
@@ -28,12 +33,14 @@ class AttackReport:
         prediction: ``(N,)`` predicted ones.
         attacked: what attacks found.
         epsilons: budgets.
+        index: ``(N,)``, places of the images in their source.
     """
 
     labels: Tensor
     prediction: Tensor
     attacked: Attacked
     epsilons: tuple[float, ...]
+    index: Tensor | None = None
 
     @property
     def clean_accuracy(self) -> float:
@@ -81,15 +88,13 @@ class AttackReport:
 
     def to_csv(self) -> str:
         """Return a row per image: ``idx,label,predict,attacked,correct``."""
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["idx", "label", "predict", "attacked", "correct"])
-        columns = (self.labels, self.prediction, self.attacked.distance)
-        for index, (label, predict, distance) in enumerate(
-            zip(*(column.tolist() for column in columns), strict=True)
-        ):
-            rows.writerow([index, label, predict, repr(distance), int(label == predict)])
-        return text.getvalue()
+        columns = {
+            "label": self.labels,
+            "predict": self.prediction,
+            "attacked": self.attacked.distance,
+            "correct": (self.prediction == self.labels).int(),
+        }
+        return csv_by_index(self.index, columns)
 
 
 def attack_data(
@@ -139,4 +144,5 @@ def attack_data(
     attacked = attack_all(
         adversary, data.images, epsilons, batch_size, on_batch=on_batch, ranks=ranks
     )
-    return AttackReport(data.labels, logits.argmax(dim=1).cpu(), attacked, tuple(epsilons))
+    predicted_classes = logits.argmax(dim=1).cpu()
+    return AttackReport(data.labels, predicted_classes, attacked, tuple(epsilons), data.places)

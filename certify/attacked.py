@@ -83,6 +83,7 @@ def attack_all(
     *,
     radius: Tensor | None = None,
     confirm: Callable[[Tensor, Tensor], Tensor] | None = None,
+    index: Tensor | None = None,
     on_batch: Callable[[int], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> Attacked:
@@ -96,6 +97,7 @@ def attack_all(
         radius: ``(N,)`` certified; without it nothing is contradicted.
         confirm: from points and predictions near them, whether a point within a radius is of
             another class whatever rounding did; without it all of them are.
+        index: ``(N,)``, places of the images in their source, to name them by.
         on_batch: called with the number of images done, after each batch.
         ranks: processes that share the batches; each returns what all found.
 
@@ -128,9 +130,8 @@ def attack_all(
             )
         for place in torch.nonzero(inside).flatten().tolist():
             label = int(adversary.target.values(x[place : place + 1]).argmax())
-            raise BrokenCertificate(
-                start + place, x[place], found.points[place], own[place].item(), label
-            )
+            number = start + place if index is None else int(index[start + place])
+            raise BrokenCertificate(number, x[place], found.points[place], own[place].item(), label)
         distances = {name: one.distance.cpu() for name, one in each.items()}
         found_by.append({**distances, _ANY: found.distance.cpu()})
         if on_batch is not None:

@@ -23,14 +23,22 @@ class ImageData:
     """One split of a data set in memory.
 
     Attributes:
-        images: ``(N, C, H, W)`` uint8; a pixel ``p`` stands for ``p / 255``.
+        images: ``(N, C, H, W)`` uint8, a pixel ``p`` standing for ``p / 255``; or of floating
+            point, which is taken as it is.
         labels: ``(N,)`` int64.
         classes: names of the classes.
+        index: ``(N,)`` int64, places in the source; counted from zero if not given.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    index: Tensor | None = None
+
+    @property
+    def places(self) -> Tensor:
+        """``(N,)`` int64, places in the source."""
+        return torch.arange(len(self)) if self.index is None else self.index
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -43,7 +51,7 @@ class ImageData:
 
     def head(self, limit: int | None) -> ImageData:
         """Return the first ``limit`` images, or all."""
-        return ImageData(self.images[:limit], self.labels[:limit], self.classes)
+        return self._part(slice(limit))
 
     def split(self, last: int) -> tuple[ImageData, ImageData]:
         """Return all but the last so many images, and these.
@@ -54,8 +62,19 @@ class ImageData:
         if not 0 <= last < len(self):
             raise ValueError(f"cannot hold out {last} of {len(self)} images")
         rest = len(self) - last
-        tail = ImageData(self.images[rest:], self.labels[rest:], self.classes)
-        return self.head(rest), tail
+        return self._part(slice(rest)), self._part(slice(rest, None))
+
+    def shuffled(self) -> ImageData:
+        """Return the images in a random order, the same each time.
+
+        Sources are sorted by class; what is first or last there shall be some of each.
+        """
+        generator = torch.Generator().manual_seed(0)
+        return self._part(torch.randperm(len(self), generator=generator))
+
+    def _part(self, chosen: slice | Tensor) -> ImageData:
+        places = self.places[chosen]
+        return ImageData(self.images[chosen], self.labels[chosen], self.classes, places)
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -134,7 +153,7 @@ def _mnist_5k(train: bool) -> ImageData:
         place[mask] = torch.arange(int(mask.sum()))
     chosen = place < 400 if train else place >= 400
     images = table[chosen, :-1].to(torch.uint8).reshape(-1, 1, 28, 28)
-    return ImageData(images, labels[chosen], tuple("0123456789"))
+    return ImageData(images, labels[chosen], tuple("0123456789")).shuffled()
 
 
 _TORCHVISION: dict[str, tuple[str, str]] = {
@@ -204,11 +223,8 @@ def _folder(path: Path, train: bool) -> ImageData:
                 f"expected images of one size {_size(tensors[0])}, got {_size(image)} in {file}"
             )
         tensors.append(image)
-    images, labels = torch.stack(tensors), torch.tensor(source.targets, dtype=torch.int64)
-    if train:  # files are sorted by class; `split` is to leave some of each on both sides
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        images, labels = images[order], labels[order]
-    return ImageData(images, labels, tuple(source.classes))
+    labels = torch.tensor(source.targets, dtype=torch.int64)
+    return ImageData(torch.stack(tensors), labels, tuple(source.classes)).shuffled()
 
 
 def _read_image(path: str) -> Tensor:

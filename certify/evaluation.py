@@ -42,6 +42,7 @@ class Report:
         attack: what attacks found, if they were tried.
         precision: the arithmetic that the radii are about, or ``"exact"``; ``"exact beyond the
             logits"`` where it is not known how much the pass that computes these rounds.
+        index: ``(N,)``, places of the images in their source.
     """
 
     labels: Tensor
@@ -55,6 +56,7 @@ class Report:
     passes: float | None = None
     attack: Attacked | None = None
     precision: str = "exact"
+    index: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -170,17 +172,16 @@ class Report:
         After attacks also ``attacked``, the distance at which another class was seen: the radius
         of that image is between the two.
         """
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        more = [] if self.attack is None else [self.attack.distance.tolist()]
-        rows.writerow(["idx", "label", "predict", "radius", "correct"] + ["attacked"] * len(more))
-        columns = (self.labels, self.found.prediction, self.found.radius)
-        for index, (label, predict, radius, *distance) in enumerate(
-            zip(*(column.tolist() for column in columns), *more, strict=True)
-        ):
-            found = [index, label, predict, repr(radius), int(label == predict)]
-            rows.writerow([*found, *map(repr, distance)])
-        return text.getvalue()
+        right = (self.found.prediction == self.labels).int()
+        columns = {
+            "label": self.labels,
+            "predict": self.found.prediction,
+            "radius": self.found.radius,
+            "correct": right,
+        }
+        if self.attack is not None:
+            columns["attacked"] = self.attack.distance
+        return csv_by_index(self.index, columns)
 
     def to_table(self) -> str:
         """Return the summary for people."""
@@ -286,13 +287,13 @@ def evaluate(
     done: list[tuple[Tensor, dict[str, Certificate]]] = []
     kept: list[Tensor] = []
     passes = 0
-    for index, (images, labels) in enumerate(_batches(data, batch_size)):
+    for number, (images, labels) in enumerate(_batches(data, batch_size)):
         check_batch(images, labels, certified.input_shape, certified.num_classes)
         if attack is not None:
             kept.append(images)
-        if index == 0 and certificate != "lipschitz":
+        if number == 0 and certificate != "lipschitz":
             certified.certify(pixels(images[:1]), certificate)  # what is once for all inputs
-        if index % ranks.count != ranks.rank:
+        if number % ranks.count != ranks.rank:
             continue
         x = pixels(images)
         if certificate != "lipschitz":  # to compare with
@@ -314,6 +315,7 @@ def evaluate(
     if not done:
         raise ValueError("there are no images to evaluate")
     labels = torch.cat([labels for labels, _ in done])
+    index = data.places if isinstance(data, ImageData) else None
     whole = {kind: in_a_row([found_by[kind] for _, found_by in done]) for kind in kinds}
     chosen = [whole[kind] for kind in kinds] if certificate == "best" else [whole[certificate]]
     found, _ = largest_of(chosen)
@@ -328,6 +330,7 @@ def evaluate(
             batch_size,
             radius=found.radius,
             confirm=certified.surely_differs,
+            index=index,
             ranks=ranks,
         )
     return Report(
@@ -342,6 +345,7 @@ def evaluate(
         passes=passes / len(labels) if "dual" in kinds else None,
         attack=attacked,
         precision=_arithmetic(certified),
+        index=index,
     )
 
 
@@ -395,6 +399,20 @@ def _timed(call: Callable[..., _Result], *arguments: Any) -> tuple[_Result, floa
     start = time.perf_counter()
     result = call(*arguments)
     return result, time.perf_counter() - start
+
+
+def csv_by_index(index: Tensor | None, columns: Mapping[str, Tensor]) -> str:
+    """Return a row per image, with its place in the source, in the order of these."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["idx", *columns])
+    count = len(next(iter(columns.values())))
+    index = torch.arange(count) if index is None else index
+    order = index.argsort()
+    values = [index[order].tolist(), *(column[order].tolist() for column in columns.values())]
+    for row in zip(*values, strict=True):
+        rows.writerow([repr(value) for value in row])
+    return text.getvalue()
 
 
 def epsilon_name(epsilon: float) -> str:

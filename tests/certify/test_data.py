@@ -139,3 +139,16 @@ def test_number_of_classes_without_the_images(tmp_path: Path, write_png: WritePn
         num_classes(f"folder:{tmp_path / 'nowhere'}")
     with pytest.raises(DataError, match="unknown data set 'imagenet'"):
         num_classes("imagenet")
+
+
+def test_the_first_images_are_of_all_classes() -> None:
+    """Sources that are sorted by class are shuffled, and remember the order that they had."""
+    for train in (True, False):
+        data = load("mnist-5k", train=train)
+        assert sorted(data.places.tolist()) == list(range(len(data)))
+        by_place = data.labels[data.places.argsort()]
+        assert bool((by_place.diff() >= 0).all())
+        rest, last = data.split(len(data) // 4)
+        for part in (data.head(len(data) // 4), last):
+            assert part.labels.bincount().min() >= 0.5 * len(part) / 10
+        assert sorted([*rest.places.tolist(), *last.places.tolist()]) == list(range(len(data)))
