@@ -20,7 +20,7 @@ import torch
 
 from certify import CertifiedModel
 from certify.checkpoints import load_checkpoint
-from certify.data import load
+from certify.data import load_data
 from certify.evaluation import evaluate
 from certify.recipes import Recipe
 from certify.run import RunConfig, run_training
@@ -89,7 +89,7 @@ def measure(variant: str, seed: int, data_dir: str, out: Path) -> list[float]:
     )
     checkpoint = load_checkpoint(folder / "ckpt.pt")
     certified = CertifiedModel(checkpoint.build(), checkpoint.input_shape, method="supremum")
-    _, digits = load("mnist", train=True, data_dir=data_dir).split(chosen.config().hold_out)
+    _, digits = load_data("mnist", train=True, data_dir=data_dir).split(chosen.config().hold_out)
     certificate = "dual" if chosen.config().needs_curvature else "lipschitz"
     report = evaluate(certified, digits, EPSILONS, certificate=certificate)
     accuracies = [report.clean_accuracy, *report.certified_accuracy.values()]

@@ -22,7 +22,7 @@ import torch
 from certify import CertifiedModel
 from certify.attack import Effort
 from certify.checkpoints import load_checkpoint
-from certify.data import load
+from certify.data import load_data
 from certify.evaluation import Report, evaluate
 from certify.option_types import Epsilon
 from certify.train_options import option_name, option_value
@@ -48,7 +48,7 @@ def measure(folder: Path, epsilons: tuple[float, ...], attacked: int, certificat
     checkpoint = load_checkpoint(folder / "ckpt.pt")
     model = checkpoint.build()
     certified = CertifiedModel(model, checkpoint.input_shape, method="best")
-    data = load(checkpoint.dataset, train=False, data_dir=checkpoint.data_dir)
+    data = load_data(checkpoint.dataset, train=False, data_dir=checkpoint.data_dir)
     if certificate == "auto":
         certificate = "dual" if checkpoint.config["loss"] in SECOND_ORDER_LOSSES else "lipschitz"
     whole = evaluate(certified, data, epsilons, certificate=certificate)

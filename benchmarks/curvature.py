@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from certify import CertifiedModel
-from certify.data import load, pixels
+from certify.data import load_data, pixels
 from certify.weights import load_network
 
 
@@ -74,7 +74,7 @@ def main(
         seconds = time.perf_counter() - start
         head = certified.smooth.head
         where = data_dir or network.data_dir
-        data = load(network.dataset or "mnist-5k", train=False, data_dir=where)
+        data = load_data(network.dataset or "mnist-5k", train=False, data_dir=where)
         shares = []
         for batch in data.head(images).images.split(100):
             x = pixels(batch).double()

@@ -11,12 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from certify.attack import Effort
     from certify.certificates import Certificate, certificate
     from certify.certified_model import CertifiedModel
     from certify.checkpoints import load_model
+    from certify.data import ImageData, load_data
     from certify.evaluation import Report, evaluate
     from certify.layers import NetworkReport, report_layers
     from certify.losses import LOSSES, cross_entropy, margin_loss
+    from certify.norms import NetworkEstimator
     from certify.rules import lipschitz_rule
     from certify.signal import Signal, UnsupportedModel
     from certify.training import train
@@ -26,6 +29,9 @@ __all__ = [
     "LOSSES",
     "Certificate",
     "CertifiedModel",
+    "Effort",
+    "ImageData",
+    "NetworkEstimator",
     "NetworkReport",
     "Report",
     "Signal",
@@ -35,6 +41,7 @@ __all__ = [
     "cross_entropy",
     "evaluate",
     "lipschitz_rule",
+    "load_data",
     "load_model",
     "margin_loss",
     "report_layers",
@@ -45,6 +52,9 @@ _HOME = {
     "LOSSES": "losses",
     "Certificate": "certificates",
     "CertifiedModel": "certified_model",
+    "Effort": "attack",
+    "ImageData": "data",
+    "NetworkEstimator": "norms",
     "NetworkReport": "layers",
     "Report": "evaluation",
     "Signal": "signal",
@@ -54,6 +64,7 @@ _HOME = {
     "cross_entropy": "losses",
     "evaluate": "evaluation",
     "lipschitz_rule": "rules",
+    "load_data": "data",
     "load_model": "checkpoints",
     "margin_loss": "losses",
     "report_layers": "layers",

@@ -72,6 +72,7 @@ class Adversary:
 
     def nearest_by(self, x: Tensor) -> dict[str, Seen]:
         """The nearest points ``(N, ...)`` of other classes that each attack finds."""
+        x = x.to(self.device, torch.float64)
         logits = self.target.values(x)
         found = {
             "deepfool": deepfool(self.target, x, logits, steps=self.effort.steps),
@@ -85,6 +86,7 @@ class Adversary:
 
     def nearest(self, x: Tensor) -> Seen:
         """The nearest points of other classes that any attack finds."""
+        x = x.to(self.device, torch.float64)
         found = Seen.none(x)
         for one in self.nearest_by(x).values():
             found = found.or_nearer(one)
@@ -92,6 +94,7 @@ class Adversary:
 
     def within(self, x: Tensor, radius: Tensor) -> Seen:
         """Points of other classes within radii ``(N,)``; nothing is tried at zero and infinity."""
+        x, radius = x.to(self.device, torch.float64), radius.to(self.device, torch.float64)
         logits = self.target.values(x)
         effort = self.effort
         return pgd(self.target, x, logits, radius, steps=effort.steps, restarts=effort.restarts)

@@ -56,8 +56,12 @@ class Certificate:
             ``(N,)`` bool.
 
         Raises:
-            ValueError: an ``epsilon`` that is negative or NaN.
+            ValueError: an ``epsilon`` that is negative or NaN, or another number of labels.
         """
+        if labels.shape != self.prediction.shape:
+            raise ValueError(
+                f"expected {len(self.prediction)} labels, got shape {tuple(labels.shape)}"
+            )
         if not epsilon >= 0:
             raise ValueError(f"expected epsilon >= 0, got {epsilon}")
         right = self.prediction == labels

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from certify.attack import Adversary
+from certify.attack import Adversary, Effort
 from certify.bounding import Norms
 from certify.centres import proven_walk
 from certify.certificates import Certificate, check_certificate, in_a_row, largest_of
@@ -67,8 +67,8 @@ class CertifiedModel:
         method: how convolutions are bounded, see `ff_bounds.conv_bound`.
         tighten: how far the bound goes beyond the product of norms, one of
             `certify.tightening.TIGHTENINGS`.
-        precision: what the network runs in, one of `certify.precision.PRECISIONS`, or ``None`` for
-            exact arithmetic.
+        precision: what the network runs in, one of `certify.precision.PRECISIONS`, or ``None`` or
+            ``"exact"`` for exact arithmetic.
         prove: proves the norms of operators, all while the model is made; for those who record or
             check how, or share the work.
         domain: smallest and largest entry of an input, ``(0, 1)`` for images. Only networks that
@@ -105,6 +105,7 @@ class CertifiedModel:
         if not isinstance(model, nn.Module):
             model = module_of(model, input_shape)
         self._prove = prove
+        precision = None if precision == "exact" else precision
         self.precision = None if precision is None else precision_named(precision)
         self.method = method
         self.tighten = tighten
@@ -157,6 +158,14 @@ class CertifiedModel:
                 known[operator] = self._bound.norms(operator)
         rest = self._prove([o for o in operators if o not in known], self.method)
         return lambda operator: known[operator] if operator in known else rest(operator)
+
+    def __repr__(self) -> str:
+        arithmetic = "exact" if self.precision is None else self.precision.name
+        return (
+            f"CertifiedModel(({_listed(self.input_shape)}) -> {self.num_classes} classes, "
+            f"Lipschitz constant {self.lipschitz():.4g} by {self.method}, {self.tighten}, "
+            f"arithmetic {arithmetic})"
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -263,7 +272,7 @@ class CertifiedModel:
         """
         check_certificate(certificate)
         if not isinstance(x, Tensor):
-            batches = (batch if isinstance(batch, Tensor) else batch[0] for batch in x)
+            batches = (batch[0] if isinstance(batch, list | tuple) else batch for batch in x)
             found = [self.certify(batch, certificate).cpu() for batch in batches]
             if not found:
                 raise ValueError("there are no inputs to certify")
@@ -354,17 +363,19 @@ class CertifiedModel:
         network = self._graph.split(self._output.node)[0].eval()
         return Adversary(network, self.input_shape, domain=self.domain)
 
-    def attack(self, x: Tensor) -> Tensor:
+    def attack(self, x: Tensor, effort: Effort | None = None) -> Tensor:
         """Look for the nearest points of other classes; see `certify.minimum_norm`.
 
         Args:
             x: the inputs ``(N, *input_shape)``.
+            effort: how hard to try.
 
         Returns:
             ``(N,)`` float64, distances at which the prediction was seen to change, or infinity.
-            Nothing is proven by them.
+            Nothing is proven by them. ``adversary.nearest(x).points`` are the points.
         """
-        return self.adversary.nearest(x.to(self._device, torch.float64)).distance
+        adversary = self.adversary if effort is None else self.adversary.with_effort(effort)
+        return adversary.nearest(x).distance
 
     def surely_differs(self, x: Tensor, classes: Tensor) -> Tensor:
         """Whether another logit is the largest at inputs, by more than rounding can do, ``(N,)``.
@@ -380,16 +391,14 @@ class CertifiedModel:
                 allowance = 1e-9 * logits.abs().amax(dim=1, keepdim=True)
             return (logits > logits.gather(1, classes[:, None]) + allowance).any(dim=1)
 
-    def broken(self, x: Tensor, radius: Tensor) -> Tensor:
-        """Try to change predictions within radii ``(N,)``; see `certify.attack.pgd`.
+    def broken(self, x: Tensor, radius: Tensor | float) -> Tensor:
+        """Try to change predictions within radii ``(N,)``, or one; see `certify.attack.pgd`.
 
         Returns:
             ``(N,)`` bool, whether that succeeded.
         """
-        found = self.adversary.within(
-            x.to(self._device, torch.float64), radius.to(self._device, torch.float64)
-        )
-        return torch.isfinite(found.distance)
+        radii = torch.as_tensor(radius, dtype=torch.float64).expand(len(x))
+        return torch.isfinite(self.adversary.within(x, radii).distance)
 
     def _logits_within(self, x: Tensor) -> Tensor:
         if self.domain is not None and not _within(x, self.domain):
@@ -399,6 +408,8 @@ class CertifiedModel:
 
 def check_floating(x: Tensor) -> None:
     """Refuse integers, whose units are not those of the network, with a ``ValueError``."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"expected inputs as tensors, got {type(x).__name__}; see torch.as_tensor")
     if not x.is_floating_point():
         raise ValueError(
             f"expected inputs of floating point, got {x.dtype}; for images of bytes x / 255"

@@ -124,8 +124,8 @@ class HeadEstimator(nn.Module):
         self.head = model
         if not isinstance(cut.step, Input):
             self.backbone, self.head = graph.split(cut.node)
-            self._before = NetworkEstimator(self.backbone, input_shape, seed, method)
-            self._behind = NetworkEstimator(self.head, cut.shape[1:], seed, method)
+            self._before = NetworkEstimator(self.backbone, input_shape, seed, method, 0)
+            self._behind = NetworkEstimator(self.head, cut.shape[1:], seed, method, 0)
 
     def forward(self, whole: NetworkEstimate | None, iterations: int = 1) -> HeadEstimate:
         """Estimate the norms of the model's current weights.

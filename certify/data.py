@@ -82,7 +82,7 @@ def pixels(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 255.0 if images.dtype == torch.uint8 else images
 
 
-def load(
+def load_data(
     dataset: str, *, train: bool, data_dir: str | None = None, download: bool = False
 ) -> ImageData:
     """Load one split of a data set.
@@ -129,6 +129,32 @@ def num_classes(dataset: str) -> int:
     return 100 if dataset == "cifar100" else 10
 
 
+def image_shape(dataset: str) -> tuple[int, int, int]:
+    """Shape ``(C, H, W)`` of the images of a data set, without reading more than one.
+
+    Raises:
+        DataError: an unknown name, or a folder without images.
+
+    Example:
+        >>> image_shape("cifar10")
+        (3, 32, 32)
+    """
+    num_classes(dataset)  # refuses unknown names
+    if not dataset.startswith("folder:"):
+        return (3, 32, 32) if dataset in ("cifar10", "cifar100", "svhn") else (1, 28, 28)
+    from torchvision.datasets.folder import is_image_file
+
+    root = Path(dataset.removeprefix("folder:"), "test")
+    file = next((path for path in root.glob("*/**/*") if is_image_file(path.name)), None)
+    try:
+        if file is None:
+            raise OSError("there are none")
+        channels, height, width = _read_image(str(file)).shape
+    except Exception as error:  # decoders fail in any way
+        raise DataError(f"expected images at {root}/<class>/: {error}") from error
+    return channels, height, width
+
+
 def _unknown(dataset: str) -> DataError:
     return DataError(f"unknown data set {dataset!r}; expected one of {', '.join(DATASETS)}")
 
@@ -169,7 +195,7 @@ _TORCHVISION: dict[str, tuple[str, str]] = {
 }
 
 DATASETS = ("mnist-5k", *_TORCHVISION, "folder:PATH")
-"""What `load` accepts."""
+"""What `load_data` accepts."""
 
 
 def _torchvision(name: str, train: bool, data_dir: str, download: bool) -> ImageData:
@@ -258,11 +284,11 @@ def images_to_look_at(
     """Return a few inputs ``(N, *input_shape)``: test images, or uniform noise in [0, 1].
 
     Raises:
-        ValueError: as `load`, or images of another shape.
+        ValueError: as `load_data`, or images of another shape.
     """
     if dataset is None:
         return torch.rand(count, *input_shape, generator=torch.Generator().manual_seed(0))
-    data = load(dataset, train=False, data_dir=data_dir, download=download).head(count)
+    data = load_data(dataset, train=False, data_dir=data_dir, download=download).head(count)
     if data.input_shape != input_shape:
         raise ValueError(
             f"the model takes {input_shape}, the images of {dataset} have {data.input_shape}"

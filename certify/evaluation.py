@@ -242,7 +242,7 @@ Batches = Iterable[Sequence[Tensor]]
 def evaluate(
     certified: CertifiedModel,
     data: ImageData | Batches,
-    epsilons: Sequence[float] = (),
+    epsilons: float | Sequence[float] = (),
     *,
     batch_size: int = 500,
     certificate: str = "lipschitz",
@@ -255,7 +255,7 @@ def evaluate(
     Args:
         certified: the network and its bounds.
         data: images and labels; or batches of both, as a `DataLoader` gives them.
-        epsilons: L2 budgets, in the units of the inputs (of pixels in [0, 1]).
+        epsilons: L2 budget or budgets, in the units of the inputs (of pixels in [0, 1]).
         batch_size: images per forward pass; a `DataLoader` has its own.
         certificate: as in `CertifiedModel.certify`.
         attack: how hard to attack every image as well; see `certify.attack`. A radius that is
@@ -278,6 +278,7 @@ def evaluate(
         (10, True)
     """
     check_certificate(certificate)
+    epsilons = [epsilons] if isinstance(epsilons, int | float) else epsilons
     check_budgets(epsilons)
     start = time.perf_counter()
     lipschitz = certified.lipschitz().item()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from certify.bounding import Bounding, Norms
 from certify.centres import proven_walk
-from certify.certified_model import exact_copy
+from certify.certified_model import CertifiedModel, exact_copy
 from certify.evaluation import finite
 from certify.graph import LipschitzGraph
 from certify.operators import Convolution, Weighted
@@ -116,10 +116,10 @@ _MEANING = {
 
 
 def report_layers(
-    model: nn.Module,
+    model: nn.Module | CertifiedModel,
     images: Tensor,
     *,
-    described_as: str = "random images",
+    described_as: str = "the given images",
     method: str = "supremum",
     tighten: str = "balance",
     domain: Sequence[float] | None = None,
@@ -127,7 +127,7 @@ def report_layers(
     """Bound a network in all steps, and each of its layers.
 
     Args:
-        model: as `CertifiedModel` takes it.
+        model: as `CertifiedModel` takes it, or one of these.
         images: ``(N, *input_shape)`` at which gains are measured, along the direction in which
             the logits change most.
         described_as: what these are, for people.
@@ -139,7 +139,10 @@ def report_layers(
         UnsupportedModel, ValueError: as `CertifiedModel`.
     """
     start = time.perf_counter()
-    copied = exact_copy(model, tuple(images.shape[1:]))
+    if isinstance(model, CertifiedModel):
+        domain = domain or model.domain
+    network = model.model if isinstance(model, CertifiedModel) else model
+    copied = exact_copy(network, tuple(images.shape[1:]))
     graph = LipschitzGraph(copied, tuple(images.shape[1:]), domain)
     output = proven_walk(graph)
     seconds = {"tracing": time.perf_counter() - start}

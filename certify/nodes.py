@@ -57,7 +57,8 @@ class Operation:
             raise UnknownRounding(f"node {self._label}: constants are computed in the forward")
         if self._key not in ROUNDINGS:
             raise UnknownRounding(
-                f"node {self._label}: it is not known how much {self._name} can round"
+                f"node {self._label}: it is not known how much {self._name} can round (a rule of "
+                "yours says so by rounding=...)"
             )
         for _, signal in self.results:
             if ROUNDINGS[self._key] in BY_OPERATOR and isinstance(signal.step, Affine):

@@ -164,9 +164,18 @@ class NetworkEstimator(nn.Module):
         input_shape: shape of one sample.
         seed: seed of the power iteration's start.
         method: a key of `PENALTIES`.
+        warm_up: iterations from the random start.
 
     Raises:
         UnsupportedModel: a model that cannot be certified cannot be trained for it either.
+
+    Example:
+        >>> from certify import margin_loss
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> estimator = NetworkEstimator(model, (4,))
+        >>> x, labels = torch.rand(5, 4), torch.arange(5) % 3
+        >>> bounds = estimator().margin_lipschitz()  # once a step, of the current weights
+        >>> margin_loss(model(x), labels, bounds, epsilon=0.5).backward()
     """
 
     def __init__(
@@ -175,6 +184,7 @@ class NetworkEstimator(nn.Module):
         input_shape: tuple[int, ...],
         seed: int = 0,
         method: str = "fantastic_four",
+        warm_up: int = 30,
     ) -> None:
         super().__init__()
         self._method = method
@@ -185,12 +195,15 @@ class NetworkEstimator(nn.Module):
         if not shapes:
             raise UnsupportedModel("no convolution or linear layer to estimate the norm of")
         self._penalty = PENALTIES[method](shapes, seed).to(self._graph.device)
+        if warm_up:
+            with torch.no_grad():
+                self(warm_up)
 
     def forward(self, iterations: int = 1) -> NetworkEstimate:
         """Estimate the norms of the model's current weights.
 
         Args:
-            iterations: steps of power iteration; more than one only before the first update.
+            iterations: steps of power iteration.
         """
         bounding = self._bounding()
         operators = bounding.operators()

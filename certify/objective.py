@@ -54,7 +54,9 @@ class Objective:
     ) -> None:
         self._model = model
         self._config = config
-        self._estimator = NetworkEstimator(model, input_shape, config.seed, config.method)
+        self._estimator = NetworkEstimator(
+            model, input_shape, config.seed, config.method, warm_up=0
+        )
         self._smooth: HeadEstimator | None = None
         if config.needs_curvature:
             self._smooth = HeadEstimator(model, input_shape, config.seed, config.method)

@@ -20,7 +20,7 @@ class Recipe:
 
     Attributes:
         about: what it is for, in a line.
-        dataset: name for `certify.data.load`.
+        dataset: name for `certify.data.load_data`.
         model: name for `certify.architectures.build`.
         hyperparameters: of the model.
         training: fields of `TrainingConfig`; those that are missing keep their defaults.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from certify import architectures
 from certify.augmentation import augmentations
 from certify.checkpoints import Checkpoint, CheckpointError, load_checkpoint
-from certify.data import load
+from certify.data import load_data
 from certify.files import one_writer, write_text
 from certify.ranks import ALONE, Ranks
 from certify.training import EpochMetrics, Trainer
@@ -33,7 +33,7 @@ class RunConfig:
     Attributes:
         model: name for `certify.architectures.build`.
         hyperparameters: its keyword arguments beyond input shape and number of classes.
-        dataset: name for `certify.data.load`.
+        dataset: name for `certify.data.load_data`.
         data_dir: torchvision's root folder, where the data set needs one.
         training: the optimisation.
         device: ``"cpu"``, ``"cuda"``, ... or ``"auto"``.
@@ -108,7 +108,7 @@ def run_training(
     ranks.told(check_free)
     device = choose_device(config.device)
     data = ranks.in_turn(
-        lambda: load(config.dataset, train=True, data_dir=config.data_dir, download=download)
+        lambda: load_data(config.dataset, train=True, data_dir=config.data_dir, download=download)
     )
     data, _ = data.split(config.training.hold_out)
     torch.manual_seed(config.training.seed)

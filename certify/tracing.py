@@ -159,6 +159,10 @@ def refuse_what_tracing_misses(model: nn.Module) -> None:
         where = f"module {name or _ROOT!r} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModel(f"{where} is TorchScript; certify what it was made from")
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise UnsupportedModel(f"{where} spreads a network over devices; certify its .module")
+        if hasattr(module, "_orig_mod"):
+            raise UnsupportedModel(f"{where} is compiled; certify the module that was compiled")
         if module._forward_hooks or module._forward_pre_hooks:
             raise UnsupportedModel(
                 f"{where} has forward hooks, which may change values; remove them"

@@ -62,6 +62,7 @@ def load_network(
     input_shape: Sequence[int] | None = None,
     hyperparameters: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
+    image_shape: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> LoadedNetwork:
@@ -74,11 +75,12 @@ def load_network(
             then has the weights that it is built with, the same ones each time.
         arch: name for `certify.architectures.build`. A checkpoint needs it only where the
             architecture is the user's own code.
-        input_shape: shape of one input; may be omitted for checkpoints, for programs, and for
-            torchvision's architectures, whose images are 224 x 224.
+        input_shape: shape of one input; may be omitted for checkpoints, for programs, with an
+            ``image_shape``, and for torchvision's architectures, whose images are 224 x 224.
         hyperparameters: keyword arguments of the architecture.
         num_classes: passed to the architecture where it has an argument of that name. A
             checkpoint has its own number.
+        image_shape: of the images that it is for, where nothing else tells its input's shape.
         mean: per channel; with ``std``, a `models.Normalize` that is put in front of the network.
         std: per channel, likewise.
 
@@ -89,11 +91,12 @@ def load_network(
         ValueError: arguments that do not go together.
     """
     model, given = str(model), dict(hyperparameters or {})
+    told = image_shape if input_shape is None else input_shape
     normalization = _normalization(mean, std)
     if not Path(model).is_file() and architectures.is_architecture(model):
         if arch is not None:
             raise ValueError(f"--arch is for files of weights; {model} names an architecture")
-        loaded = _untrained(model, given, input_shape, num_classes)
+        loaded = _untrained(model, given, told, num_classes)
     elif is_program(model) or is_onnx(model):
         if arch is not None or given:
             raise ValueError(f"--arch and --set are for files of weights; {model} is a program")
@@ -109,7 +112,7 @@ def load_network(
             checkpoint = parse_checkpoint(content, model)
             loaded = _from_checkpoint(model, checkpoint, arch, given, input_shape)
         else:
-            loaded = _from_state_dict(model, content, arch, given, input_shape, num_classes)
+            loaded = _from_state_dict(model, content, arch, given, told, num_classes)
     return loaded if normalization is None else _normalized(loaded, normalization)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from certify import CertifiedModel, TrainingConfig, train
 from certify.curves import Curve
-from certify.data import load, pixels
+from certify.data import load_data, pixels
 from certify.plots import COLOURS, GREY, save
 
 parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -26,9 +26,9 @@ parser.add_argument("--quick", action="store_true", help="train for less long")
 options, _ = parser.parse_known_args()  # a notebook has arguments of its own
 EPOCHS = 2 if options.quick else 10
 
-train_data, test_data = load("mnist-5k", train=True), load("mnist-5k", train=False)
-some = slice(None, None, 20 if options.quick else 5)  # sorted by class: take all alike
-images, labels = pixels(test_data.images[some]), test_data.labels[some]
+train_data, test_data = load_data("mnist-5k", train=True), load_data("mnist-5k", train=False)
+some = test_data.head(50 if options.quick else 200)
+images, labels = pixels(some.images), some.labels
 EPSILONS = (0.5, 1.0, 1.5)
 
 # %% [markdown]

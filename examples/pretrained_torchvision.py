@@ -165,7 +165,7 @@ print(f"median radius {radius.median():.3g}, median distance of the attack {dist
 
 # %%
 from certify import TrainingConfig, evaluate, train
-from certify.data import load
+from certify.data import load_data
 from certify.recipes import RECIPES
 from models import build
 
@@ -175,9 +175,9 @@ for name, recipe in RECIPES.items():
 torch.manual_seed(0)
 digits = build("2c2f", width=8)
 settings = TrainingConfig(epochs=EPOCHS, batch_size=64, epsilon=0.5)
-train(digits, load("mnist-5k", train=True), settings)
+train(digits, load_data("mnist-5k", train=True), settings)
 certified = CertifiedModel(digits, (1, 28, 28), method="supremum")
-print(evaluate(certified, load("mnist-5k", train=False), [0.1, 0.5]).to_table())
+print(evaluate(certified, load_data("mnist-5k", train=False), [0.1, 0.5]).to_table())
 
 # %% [markdown]
 # ## Large images, small network
@@ -193,7 +193,7 @@ def enlarged(images: Tensor, k: int) -> Tensor:
     return images.repeat_interleave(k, dim=2).repeat_interleave(k, dim=3)
 
 
-test = load("mnist-5k", train=False)
+test = load_data("mnist-5k", train=False)
 few = test.images[::50] / 255.0
 for k in (1, 2, 4):
     shape = (1, 28 * k, 28 * k)

@@ -36,7 +36,7 @@ def test_commands_that_pages_name_have_the_options_they_show() -> None:
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]:
         for block in re.findall(r"```\n(.*?)```", page.read_text(), flags=re.DOTALL):
             joined = re.sub(r"\\\n|\n +", " ", block)
-            for command, rest in re.findall(r"certify (\w+)(.*)", joined):
+            for command, rest in re.findall(r"(?:^|-m )certify (\w+)(.*)", joined, flags=re.M):
                 found = main.get_command(context, command)
                 assert found is not None, f"{page.name}: certify {command}"
                 known = {option for parameter in found.params for option in parameter.opts}

@@ -91,11 +91,13 @@ def network_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def load_named(dataset: str | None, **which: Any) -> Any:
-    """Load what `network_options` names; its number of classes may follow from the data."""
-    from certify.data import num_classes
+    """Load what `network_options` names; the data may tell its shape and number of classes."""
+    from certify.data import image_shape, num_classes
     from certify.weights import load_network
 
-    return load_network(**which, num_classes=num_classes(dataset) if dataset else None)
+    if not dataset:
+        return load_network(**which)
+    return load_network(**which, num_classes=num_classes(dataset), image_shape=image_shape(dataset))
 
 
 def load_images(
@@ -108,9 +110,9 @@ def load_images(
     limit: int | None = None,
 ) -> Any:
     """Load the test images, or the last training images, or the first of them."""
-    from certify.data import load
+    from certify.data import load_data
 
-    data = load(
+    data = load_data(
         dataset,
         train=held_out is not None,
         data_dir=data_dir or network.data_dir,

@@ -27,11 +27,14 @@ def lipschitz_rule(
 
     Args:
         operations: what it is about.
-        rounding: how much that can round (`certify.rules.rounding`); without it there are no radii
+        rounding: how much that can round, one of `certify.rules.rounding`: ``exact`` where entries
+            are only moved, ``elementwise`` for a few sums and products with constants,
+            ``of_library`` for a smooth function of each entry, ... Without it there are no radii
             for rounded arithmetic.
 
     Raises:
-        ValueError: an operation that already has a rule.
+        ValueError: an operation that already has a rule, but for the same one, run again in a
+            notebook.
 
     Example:
         >>> import torch
@@ -45,7 +48,7 @@ def lipschitz_rule(
 
     def register(rule: _Rule) -> _Rule:
         for operation in operations:
-            if operation in RULES:
+            if operation in RULES and _name(RULES[operation]) != _name(rule):
                 raise ValueError(f"{operation!r} already has a Lipschitz rule")
         RULES.update(dict.fromkeys(operations, rule))
         if rounding is not None:
@@ -53,6 +56,10 @@ def lipschitz_rule(
         return rule
 
     return register
+
+
+def _name(rule: Rule) -> tuple[str, str]:
+    return rule.__module__, rule.__qualname__
 
 
 def by_attributes(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from certify import CertifiedModel, UnsupportedModel
+from certify import CertifiedModel, Effort, UnsupportedModel, report_layers
 
 
 def with_statistics(model: nn.Module) -> nn.Module:
@@ -266,3 +266,53 @@ def test_no_attack_inside_the_radius(name: str, activation: str) -> None:
             step = (step - limit * slope / size).detach()
             step = step * (limit / step.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)).clamp(max=1)
         assert torch.equal(certified.logits(x + step).argmax(dim=1), found.prediction)
+
+
+class Unpacks(nn.Module):
+    """Sizes and parts that a forward unpacks, by which a graph has items that are no tensors."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.activation = activation
+        self.linear = nn.Linear(2 * 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.conv(x))
+        n, channels, height, width = x.shape
+        first, second = x.chunk(2, 1)
+        x = torch.maximum(first, second).reshape(n, channels // 2 * height * width)
+        return self.linear(x)
+
+
+def test_networks_that_unpack_sizes_and_parts_can_be_attacked() -> None:
+    torch.manual_seed(0)
+    certified = CertifiedModel(Unpacks(nn.ReLU()), (1, 4, 4))
+    x = torch.rand(5, 1, 4, 4)
+    assert bool((certified.attack(x) >= certified.certify(x).radius).all())
+    found = CertifiedModel(Unpacks(nn.SiLU()), (1, 4, 4)).applicable()
+    assert found[0] == "lipschitz"
+
+
+def test_what_users_try_first() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    certified = CertifiedModel(model, (1, 2, 2), precision="exact")
+    assert certified.precision is None
+    assert "3 classes" in repr(certified)
+    x = torch.rand(5, 1, 2, 2)
+    one = certified.attack(x, Effort(steps=3))
+    assert one.shape == (5,)
+    assert certified.adversary.nearest(x).points.shape == x.shape
+    assert certified.broken(x, 0.0).tolist() == [False] * 5
+    assert certified.broken(x, 100.0).shape == (5,)
+    with pytest.raises(ValueError, match=r"torch\.as_tensor"):
+        certified.logits(x.numpy())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected 5 labels"):
+        certified.certify(x).certified(torch.zeros(4), 0.1)
+    report = report_layers(certified, x, tighten="join")
+    assert report.lipschitz["join"] >= 0.999 * report.seen
+    with pytest.raises(UnsupportedModel, match=r"certify its \.module"):
+        CertifiedModel(nn.DataParallel(model), (1, 2, 2))
+    with pytest.raises(UnsupportedModel, match="certify the module that was compiled"):
+        CertifiedModel(torch.compile(model), (1, 2, 2))

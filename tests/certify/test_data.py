@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from certify.augmentation import augmentations, flip, shift
-from certify.data import DataError, load, num_classes, pixels
+from certify.data import DataError, load_data, num_classes, pixels
 
 WritePng = Callable[[Path, tuple[int, int], int], None]
 
@@ -25,7 +25,7 @@ def write_idx(folder: Path, images: torch.Tensor, labels: torch.Tensor, split: s
 
 
 def test_mnist_5k_is_the_fixed_split_of_real_digits() -> None:
-    train, test = load("mnist-5k", train=True), load("mnist-5k", train=False)
+    train, test = load_data("mnist-5k", train=True), load_data("mnist-5k", train=False)
     assert train.images.shape == (4000, 1, 28, 28)
     assert test.labels.bincount().tolist() == [100] * 10
     assert train.images.dtype == torch.uint8
@@ -43,7 +43,7 @@ def test_torchvision_layout(tmp_path: Path, name: str, folder: str) -> None:
     labels = (torch.arange(12) % 10).to(torch.uint8)
     for split in ("train", "t10k"):
         write_idx(tmp_path / folder / "raw", images, labels, split)
-    data = load(name, train=False, data_dir=str(tmp_path))
+    data = load_data(name, train=False, data_dir=str(tmp_path))
     assert torch.equal(data.images[:, 0], images)
     assert torch.equal(data.labels, labels.to(torch.int64))
     assert len(data.classes) == 10
@@ -59,7 +59,7 @@ def test_colour_images_are_channels_first(monkeypatch: pytest.MonkeyPatch, name:
     source = SimpleNamespace(data=stored, targets=[1, 0], labels=np.array([1, 0]))
     kind = {"cifar10": "CIFAR10", "svhn": "SVHN"}[name]
     monkeypatch.setattr(datasets, kind, lambda *args, **kwargs: source)
-    data = load(name, train=True, data_dir="anywhere")
+    data = load_data(name, train=True, data_dir="anywhere")
     assert np.array_equal(data.images.numpy(), channels_first)
     assert data.labels.tolist() == [1, 0]
 
@@ -69,15 +69,15 @@ def test_colour_images_are_channels_first(monkeypatch: pytest.MonkeyPatch, name:
 )
 def test_missing_files_are_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=f"no {name} under .* \\(expected .*--download"):
-        load(name, train=True, data_dir=str(tmp_path))
+        load_data(name, train=True, data_dir=str(tmp_path))
     with pytest.raises(DataError, match="needs --data-dir"):
-        load(name, train=True)
+        load_data(name, train=True)
 
 
 def test_folder(tmp_path: Path, write_png: WritePng) -> None:
     for index, name in enumerate(("cat", "dog")):
         write_png(tmp_path / "test" / name / "a.png", (5, 7), 10 * index)
-    data = load(f"folder:{tmp_path}", train=False)
+    data = load_data(f"folder:{tmp_path}", train=False)
     assert data.input_shape == (3, 5, 7)
     assert data.classes == ("cat", "dog")
     assert data.labels.tolist() == [0, 1]
@@ -86,19 +86,19 @@ def test_folder(tmp_path: Path, write_png: WritePng) -> None:
 
 def test_bad_folders(tmp_path: Path, write_png: WritePng) -> None:
     with pytest.raises(DataError, match="expected images at"):
-        load(f"folder:{tmp_path}", train=True)
+        load_data(f"folder:{tmp_path}", train=True)
     write_png(tmp_path / "train" / "cat" / "a.png", (5, 7), 1)
     write_png(tmp_path / "train" / "cat" / "b.png", (6, 7), 1)
     with pytest.raises(DataError, match="expected images of one size 5x7, got 6x7"):
-        load(f"folder:{tmp_path}", train=True)
+        load_data(f"folder:{tmp_path}", train=True)
     (tmp_path / "train" / "cat" / "a.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"cannot read the image .*a\.png"):
-        load(f"folder:{tmp_path}", train=True)
+        load_data(f"folder:{tmp_path}", train=True)
 
 
 def test_unknown_name() -> None:
     with pytest.raises(DataError, match="unknown data set 'imagenet'; expected one of mnist-5k"):
-        load("imagenet", train=True)
+        load_data("imagenet", train=True)
 
 
 def test_pixels_are_in_the_unit_interval() -> None:
@@ -134,7 +134,7 @@ def test_number_of_classes_without_the_images(tmp_path: Path, write_png: WritePn
         write_png(tmp_path / "test" / name / "x.png", (2, 2), 0)
     (tmp_path / "test" / "notes.txt").write_text("")
     for dataset in (f"folder:{tmp_path}", "mnist-5k"):
-        assert num_classes(dataset) == len(load(dataset, train=False).classes)
+        assert num_classes(dataset) == len(load_data(dataset, train=False).classes)
     with pytest.raises(DataError, match=r"expected images at .*nowhere/test/<class>/"):
         num_classes(f"folder:{tmp_path / 'nowhere'}")
     with pytest.raises(DataError, match="unknown data set 'imagenet'"):
@@ -144,7 +144,7 @@ def test_number_of_classes_without_the_images(tmp_path: Path, write_png: WritePn
 def test_the_first_images_are_of_all_classes() -> None:
     """Sources that are sorted by class are shuffled, and remember the order that they had."""
     for train in (True, False):
-        data = load("mnist-5k", train=train)
+        data = load_data("mnist-5k", train=train)
         assert sorted(data.places.tolist()) == list(range(len(data)))
         by_place = data.labels[data.places.argsort()]
         assert bool((by_place.diff() >= 0).all())

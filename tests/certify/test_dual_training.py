@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 import models
 from certify import CertifiedModel, TrainingConfig, UnsupportedModel, train
-from certify.data import ImageData, load, pixels
+from certify.data import ImageData, load_data, pixels
 from certify.dual_training import dual_points, worst_logits
 from certify.training import Trainer
 
 
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
-    data = load("mnist-5k", train=True)
+    data = load_data("mnist-5k", train=True)
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:1000]
     return ImageData(data.images[chosen], data.labels[chosen], data.classes)
 
@@ -31,7 +31,7 @@ CONFIG = TrainingConfig(epochs=4, batch_size=50, epsilon=1.0, ramp=0.25, loss="d
 
 
 def certified_accuracy(model: nn.Module, certificate: str, epsilon: float) -> float:
-    data = load("mnist-5k", train=False)
+    data = load_data("mnist-5k", train=False)
     every = slice(None, None, 5)
     found = CertifiedModel(model, (1, 28, 28)).certify(pixels(data.images[every]), certificate)
     return found.certified(data.labels[every], epsilon).double().mean().item()

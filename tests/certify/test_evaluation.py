@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import models
 from certify import Certificate, CertifiedModel, Report, evaluate, load_model
 from certify.attack import Effort
-from certify.data import ImageData, load, pixels
+from certify.data import ImageData, load_data, pixels
 from certify.evaluation import epsilon_name
 from certify.plots import plot_certified_accuracy
 
@@ -90,7 +90,7 @@ def test_plot_of_an_unknown_format(tmp_path: Path) -> None:
 
 def test_evaluate_equals_certifying_one_by_one(run_folder: Path) -> None:
     certified = CertifiedModel(load_model(run_folder / "ckpt.pt"), (1, 28, 28))
-    data = load("mnist-5k", train=False).head(30)
+    data = load_data("mnist-5k", train=False).head(30)
     report = evaluate(certified, data, [0.1], batch_size=7)
     for index in range(30):
         single = certified.certify(pixels(data.images[index : index + 1]))
@@ -119,7 +119,7 @@ def test_evaluate_refuses_what_does_not_fit() -> None:
 def test_no_attack_succeeds_inside_a_certified_radius(run_folder: Path) -> None:
     """Projected gradient ascent on every margin, at 0.999 of each proven radius."""
     certified = CertifiedModel(load_model(run_folder / "ckpt.pt"), (1, 28, 28))
-    data = load("mnist-5k", train=False)
+    data = load_data("mnist-5k", train=False)
     x = pixels(data.images).double()
     found = certified.certify(x)
     assert (found.radius > 0).double().mean() > 0.95
@@ -147,7 +147,7 @@ def test_no_attack_succeeds_inside_a_certified_radius(run_folder: Path) -> None:
 def test_best_says_which_certificate_won_and_what_attacks_leave() -> None:
     torch.manual_seed(0)
     model = models.build("mlp", hidden=(12,), activation="softplus")
-    data = load("mnist-5k", train=False).head(40)
+    data = load_data("mnist-5k", train=False).head(40)
     certified = CertifiedModel(model, (1, 28, 28))
     report = evaluate(certified, data, (0.0, 0.1, 0.5), certificate="best", attack=Effort())
     assert list(report.radii) == ["lipschitz", "curvature", "dual"]

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from certify.cli import main
-from certify.data import DataError, load
+from certify.data import DataError, load_data
 from certify.files import one_writer, write_atomically
 from tests.certify.conftest import WritePng
 
@@ -127,17 +127,17 @@ def test_images_that_cannot_be_used(
     write_png(tmp_path / "test" / "cat" / "a.png", (5, 7), 1)
     write(tmp_path / "test" / "cat" / "b.png")
     if not message:  # torchvision looks into it for more
-        assert len(load(f"folder:{tmp_path}", train=False)) == 1
+        assert len(load_data(f"folder:{tmp_path}", train=False)) == 1
         return
     with pytest.raises(DataError, match=rf"cannot read the image .*b\.png: .*{message}"):
-        load(f"folder:{tmp_path}", train=False)
+        load_data(f"folder:{tmp_path}", train=False)
 
 
 def test_links_that_lead_back(tmp_path: Path, write_png: WritePng) -> None:
     write_png(tmp_path / "test" / "cat" / "a.png", (5, 7), 1)
     (tmp_path / "test" / "cat" / "more").symlink_to(tmp_path / "test" / "cat")
     with pytest.raises(DataError, match="leads back to a folder that it is in"):
-        load(f"folder:{tmp_path}", train=False)
+        load_data(f"folder:{tmp_path}", train=False)
 
 
 def test_classes_that_are_not_those_of_the_training(tmp_path: Path, write_png: WritePng) -> None:
@@ -174,4 +174,4 @@ def test_damaged_files_of_digits(tmp_path: Path, kind: str) -> None:
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
         (raw / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(damaged))
     with pytest.raises(DataError):
-        load("mnist", train=False, data_dir=str(tmp_path))
+        load_data("mnist", train=False, data_dir=str(tmp_path))

@@ -360,7 +360,7 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], str]] = [
     ("kept features", keeps_its_features, (4,), "tensors of a forward pass"),
     ("meta device", lambda: nn.Linear(4, 4, device="meta"), (4,), "no data"),
     ("data parallel", lambda: nn.DataParallel(nn.Linear(4, 4)), (4,), "DataParallel"),
-    ("compiled", lambda: torch.compile(nn.Sequential(nn.Linear(4, 4))), (4,), "replaced"),
+    ("compiled", lambda: torch.compile(nn.Sequential(nn.Linear(4, 4))), (4,), "compiled; certify"),
 ]
 
 

@@ -24,7 +24,7 @@ from certify import (
 )
 from certify.augmentation import augmentations, shift
 from certify.checkpoints import Checkpoint
-from certify.data import ImageData, load
+from certify.data import ImageData, load_data
 from certify.optimisation import budget, learning_rate
 from certify.run import RunConfig, run_training
 from certify.training import EpochMetrics, Trainer, TrainingDiverged
@@ -33,7 +33,7 @@ from certify.training_config import FIRST_ORDER_LOSSES, OPTIMIZERS
 
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
-    return load("mnist-5k", train=True)
+    return load_data("mnist-5k", train=True)
 
 
 def small(digits: ImageData, count: int = 512) -> ImageData:
