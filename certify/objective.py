@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from certify.dual_training import dual_points, worst_logits
 from certify.losses import LOSSES
 from certify.norms import NetworkEstimate, NetworkEstimator
 from certify.signal import UnsupportedModel
+from certify.statistics import followed, is_normalised
 from certify.training_config import SECOND_ORDER_LOSSES, TrainingConfig
 
 
@@ -66,6 +68,12 @@ class Objective:
         self._needs_whole = bool(config.loss in LOSSES or penalised or not apart)
         with torch.no_grad():  # from a random start to usable estimates
             self._estimates(iterations=30)
+        self._follows = config.rests_on_bounds and is_normalised(model)
+        if self._follows and config.compile:
+            raise UnsupportedModel(
+                "bounds of batch normalisation cannot be followed in a compiled model; leave "
+                "compile out, or the normalisation"
+            )
         self._forward: Callable[[Tensor], Any] = torch.compile(model) if config.compile else model
         arguments = inspect.signature(LOSSES.get(config.loss, F.cross_entropy)).parameters
         own = {"temperature": config.temperature, "trade_off": config.trade_off}
@@ -83,11 +91,12 @@ class Objective:
             UnsupportedModel: the model does not return a tensor in training mode.
         """
         config = self._config
-        features = self._features(x)
-        logits = self._logits(features)
-        if not isinstance(logits, Tensor):
-            raise UnsupportedModel("in training mode, too, the model must return one tensor")
-        whole, smooth = self._estimates()
+        with followed(self._model) if self._follows else nullcontext():
+            features = self._features(x)
+            logits = self._logits(features)
+            if not isinstance(logits, Tensor):
+                raise UnsupportedModel("in training mode, too, the model must return one tensor")
+            whole, smooth = self._estimates()
         if config.loss in LOSSES:
             assert whole is not None
             bounds = whole.margin_lipschitz()

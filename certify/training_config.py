@@ -157,6 +157,12 @@ class TrainingConfig:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
 
     @property
+    def rests_on_bounds(self) -> bool:
+        """Whether weights are changed by bounds, and not by the plain cross-entropy alone."""
+        penalties = self.lipschitz_penalty, self.log_lipschitz_penalty, self.curvature_penalty
+        return self.loss != "cross-entropy" or any(penalties)
+
+    @property
     def needs_curvature(self) -> bool:
         """Whether second derivatives have to be estimated."""
         return self.loss in SECOND_ORDER_LOSSES or self.curvature_penalty > 0

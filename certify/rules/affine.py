@@ -12,6 +12,7 @@ from certify.operators import Convolution, Matrix, Scale
 from certify.rules.registry import lipschitz_rule
 from certify.rules.rounding import normalisation, of_products
 from certify.signal import Signal, UnsupportedModel, Wrapping
+from certify.statistics import running_variance
 from ff_bounds.padding import padding_amounts
 from models import Normalize
 
@@ -131,7 +132,7 @@ def transposed_convolution_module(module: Any, x: Signal) -> Signal:
 @lipschitz_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, rounding=normalisation)
 def batch_norm(module: Any, x: Signal) -> Signal:
     """In evaluation, channel ``i`` times ``gamma_i / sqrt(var_i + eps)``."""
-    return _normalised(x, module.running_var, module.weight, module.eps)
+    return _normalised(x, running_variance(module), module.weight, module.eps)
 
 
 @lipschitz_rule(F.batch_norm, rounding=normalisation)

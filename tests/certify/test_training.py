@@ -15,8 +15,10 @@ from torch import nn
 import models
 from certify import (
     CertifiedModel,
+    NetworkEstimator,
     TrainingConfig,
     UnsupportedModel,
+    evaluate,
     losses,
     optimisation,
     train,
@@ -27,6 +29,7 @@ from certify.checkpoints import Checkpoint
 from certify.data import ImageData, load_data
 from certify.optimisation import budget, learning_rate
 from certify.run import RunConfig, run_training
+from certify.statistics import followed
 from certify.training import EpochMetrics, Trainer, TrainingDiverged
 from certify.training_config import FIRST_ORDER_LOSSES, OPTIMIZERS
 
@@ -567,3 +570,57 @@ def test_a_run_that_is_stopped_anywhere_goes_on_exactly(tmp_path: Path, steps: i
     ]
     without_seconds = [[line.rsplit(",", 1)[0] for line in lines] for lines in rows]
     assert without_seconds[0] == without_seconds[1]
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 4, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 4, stride=2, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 49, 10),
+    )
+
+
+@pytest.mark.slow
+def test_bounds_follow_batch_normalisation() -> None:
+    """Without that, weights vanish in front of it, and nothing is certified."""
+    torch.manual_seed(0)
+    model = normalised()
+    train(model, load_data("mnist-5k", train=True), TrainingConfig(epochs=4, epsilon=0.3))
+    report = evaluate(CertifiedModel(model, (1, 28, 28)), load_data("mnist-5k", train=False), 0.3)
+    assert report.clean_accuracy > 0.75
+    assert report.certified_accuracy[0.3] > 0.3
+
+
+def test_the_gradient_of_a_normalised_layer_is_that_of_its_direction() -> None:
+    """Larger weights before a normalisation change nothing; values are the running ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
+    estimator = NetworkEstimator(model, (6,))
+    x = torch.rand(50, 6)
+    model(x)
+    plain = estimator(300).lipschitz()
+    with followed(model):
+        model(x)
+        state = copy.deepcopy(model.state_dict())
+        found = estimator(300).lipschitz()
+    model.load_state_dict(state)
+    assert torch.allclose(found, estimator(300).lipschitz(), rtol=0, atol=1e-5)
+    weight = model[0].weight
+    (gradient,) = torch.autograd.grad(found.log(), weight)
+    (constant,) = torch.autograd.grad(plain.log(), weight)
+    radial, before = ((g * weight.detach()).sum().item() for g in (gradient, constant))
+    assert abs(radial) < 1e-3
+    assert before > 0.9
+    assert not list(model.named_modules())[2][1]._forward_pre_hooks
+
+
+def test_compiled_normalisation_is_refused_with_a_loss_by_bounds() -> None:
+    data = load_data("mnist-5k", train=True).head(10)
+    with pytest.raises(UnsupportedModel, match="leave compile out"):
+        Trainer(normalised(), data, TrainingConfig(compile=True))
+    Trainer(normalised(), data, TrainingConfig(compile=True, loss="cross-entropy"))
