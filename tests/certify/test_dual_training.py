@@ -61,7 +61,7 @@ def test_a_curvature_penalty_lowers_curvature(digits: ImageData) -> None:
 @pytest.mark.parametrize("loss", ["margin", "cross-entropy"])
 def test_the_penalty_goes_with_every_loss(digits: ImageData, loss: str) -> None:
     config = dataclasses.replace(CONFIG, loss=loss, curvature_penalty=0.1, epochs=1)
-    assert train(make(), digits, config)[-1].clean_accuracy > 0.3
+    assert train(make(), digits, config)[-1].clean_accuracy > 0.25
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
