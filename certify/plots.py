@@ -50,12 +50,14 @@ def draw_report(report: Report, title: str = "") -> Figure:
     (axes,) = figure.axes
     for epsilon, certified in report.certified_accuracy.items():
         axes.plot([epsilon], [100 * certified], "o", color=COLOURS[0])
+        place = epsilon / axes.get_xlim()[1]
         axes.annotate(
             f"{100 * certified:.1f} % at {epsilon_name(epsilon)}",
             (epsilon, 100 * certified),
-            xytext=(-6, -18),
+            # Below the curve, and where there is no room to the left of it, farther below.
+            xytext=(-6, -18) if place > 0.25 else (-320 * place, -34),
             textcoords="offset points",
-            ha="right" if epsilon > 0.2 * axes.get_xlim()[1] else "left",
+            ha="right" if place > 0.25 else "left",
             color=COLOURS[0],
         )
     return figure
