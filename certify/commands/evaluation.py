@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from certify.commands.asked import Asked, Loaded, asks, tries
 from certify.commands.options import (
     METHODS,
     TIGHTENINGS,
     BrokenError,
-    InputError,
     check_folders,
-    common_options,
-    effort_options,
-    images_options,
-    load_images,
-    load_named,
-    network_options,
     one_line_errors,
 )
 
+if TYPE_CHECKING:
+    from certify.certified_model import CertifiedModel
+    from certify.evaluation import Report
+    from certify.norms import Prove
+    from certify.page import Page
+    from certify.ranks import Ranks
+
 
 @click.command("eval", short_help="Certify a data set with a trained classifier.")
-@network_options
-@click.option("--dataset", help="A name, or folder:PATH; default: that of the training.")
-@common_options
-@images_options
+@asks
 @click.option(
     "--method",
     type=click.Choice(METHODS),
@@ -57,7 +56,7 @@ from certify.commands.options import (
     "[default: float64, or exact where it is not known how much an operation rounds]",
 )
 @click.option("--attack", is_flag=True, help="Attack every image as well.")
-@effort_options
+@tries
 @click.option(
     "--save", "record_path", metavar="FILE", help="Write a certificate that `verify` can check."
 )
@@ -68,115 +67,49 @@ from certify.commands.options import (
     "--report", "report_path", metavar="DIR", help="Write a page to look at, with its plots."
 )
 def evaluate(
-    domain: tuple[float, ...] | None,
-    dataset: str | None,
-    data_dir: str | None,
-    download: bool,
-    device: str,
-    eps: tuple[float, ...],
+    asked: Asked,
     method: str | None,
     tighten: str,
     certificate: str,
     precision: str | None,
     attack: bool,
-    attack_steps: int,
-    restarts: int,
-    foolbox: bool,
-    limit: int | None,
-    held_out: int | None,
-    batch_size: int,
+    effort: Callable[[], Any],
     record_path: str | None,
     csv_path: str | None,
     json_path: str | None,
     plot_path: str | None,
     report_path: str | None,
-    **which: Any,
 ) -> None:
     """Certify every test image: a proven L2 radius within which the prediction cannot change."""
     check_folders(record_path, csv_path, json_path, plot_path, report_path)
     with one_line_errors(), ExitStack() as stack:
-        import torch
-
-        from certify.attack import Effort
-        from certify.attacked import BrokenCertificate
-        from certify.certified_model import CertifiedModel
-        from certify.commands.progress import Progress
-        from certify.evaluation import evaluate as certify_data
-        from certify.files import write_atomically, write_text
+        from certify.files import write_text
         from certify.norms import proven_norms
         from certify.ranks import job
         from certify.records import Recorder, check_recordable, record_of, write_record
-        from certify.run import choose_device
-        from certify.signal import UnknownRounding
 
         ranks = stack.enter_context(job())
-
-        def say(line: str) -> None:
-            if ranks.first:
-                click.echo(line)
-
-        network = load_named(dataset, **which)
-        dataset = dataset or network.dataset
-        if dataset is None:
-            raise InputError("pass --dataset: only a ckpt.pt of certify train names its own")
-        images = "test images" if held_out is None else f"last {held_out:,} training images"
-        say(f"certifying {network.description} on the {images} of {dataset}")
-        data = ranks.in_turn(
-            lambda: load_images(
-                dataset,
-                network,
-                data_dir=data_dir,
-                download=download,
-                held_out=held_out,
-                limit=limit,
-            )
-        )
-        chosen_method = method or network.method or "fantastic_four"
+        loaded = asked.load(ranks, "certifying")
+        network, data, dataset = loaded
+        method = method or network.method or "fantastic_four"
         if record_path:
-            check_recordable(chosen_method, tighten, certificate)
+            check_recordable(method, tighten, certificate)
         recorder = Recorder(ranks)
 
-        def certified_in(arithmetic: str | None) -> CertifiedModel:
+        def prover() -> Prove:
             recorder.layers.clear()
-            return CertifiedModel(
-                network.model.to(choose_device(device)),
-                network.input_shape,
-                method=chosen_method,
-                tighten=tighten,
-                domain=domain,
-                precision=arithmetic,
-                prove=recorder if record_path else partial(proven_norms, ranks=ranks),
-            )
+            return recorder if record_path else partial(proven_norms, ranks=ranks)
 
-        try:
-            certified = certified_in(None if precision == "exact" else precision or "float64")
-        except UnknownRounding as reason:
-            if precision is not None:
-                raise
-            say(f"radii of exact arithmetic: {reason}")
-            certified = certified_in(None)
+        bounded = partial(_bounded, loaded, prover, method, tighten, asked.domain)
+        certified = _in_arithmetic(bounded, precision, ranks)
         if record_path:
             certified.check_rounding()
-        with Progress(len(data), "image", shown=ranks.first) as bar:
-            try:
-                report = certify_data(
-                    certified,
-                    data,
-                    eps,
-                    batch_size=batch_size,
-                    certificate=certificate,
-                    attack=Effort(attack_steps, restarts, foolbox) if attack else None,
-                    on_batch=lambda count: bar.update(count * ranks.count),
-                    ranks=ranks,
-                )
-            except BrokenCertificate as found:
-                write_atomically("counterexample.pt", partial(torch.save, found.content))
-                raise BrokenError(f"{found}; it is in counterexample.pt") from found
-        say(report.to_table())
+        report = _report(asked, certified, data, certificate, effort() if attack else None, ranks)
         if not ranks.first:
             return
+        click.echo(report.to_table())
         if record_path:
-            where = {"dataset": dataset, "held_out": held_out}
+            where = {"dataset": dataset, "held_out": asked.held_out}
             record = record_of(certified, recorder, report, data, where, network.description)
             write_record(record_path, record)
         if csv_path:
@@ -189,21 +122,86 @@ def evaluate(
             title = f"{network.name} on {dataset}: {report.n:,} images"
             plot_certified_accuracy(report, plot_path, title)
         if report_path:
-            title = f"{network.name} on {dataset}"
-            page = _page(title, certified, report, data, network.model, which["model"])
+            page = _page(loaded, certified, report, asked.network["model"])
             report_path = str(page.write(report_path))
         for path in filter(None, (record_path, csv_path, json_path, plot_path, report_path)):
-            say(f"wrote {path}")
+            click.echo(f"wrote {path}")
 
 
-def _page(title: str, certified: Any, report: Any, data: Any, model: Any, file: str) -> Any:
+def _bounded(
+    loaded: Loaded,
+    prover: Callable[[], Prove],
+    method: str,
+    tighten: str,
+    domain: tuple[float, ...] | None,
+    precision: str | None,
+) -> CertifiedModel:
+    from certify.certified_model import CertifiedModel
+
+    return CertifiedModel(
+        loaded.network.model,
+        loaded.network.input_shape,
+        method=method,
+        tighten=tighten,
+        domain=domain,
+        precision=precision,
+        prove=prover(),
+    )
+
+
+def _in_arithmetic(
+    bounded: Callable[[str | None], CertifiedModel], precision: str | None, ranks: Ranks
+) -> CertifiedModel:
+    """The network in the arithmetic asked for; else in float64, or what is known about."""
+    from certify.signal import UnknownRounding
+
+    try:
+        return bounded(precision or "float64")
+    except UnknownRounding as reason:
+        if precision is not None:
+            raise
+        if ranks.first:
+            click.echo(f"radii of exact arithmetic: {reason}")
+        return bounded(None)
+
+
+def _report(
+    asked: Asked, certified: CertifiedModel, data: Any, certificate: str, effort: Any, ranks: Ranks
+) -> Report:
+    """Certify, and attack if there is to be an effort; a broken radius is kept in a file."""
+    import torch
+
+    from certify.attacked import BrokenCertificate
+    from certify.commands.progress import Progress
+    from certify.evaluation import evaluate as certify_data
+    from certify.files import write_atomically
+
+    with Progress(len(data), "image", shown=ranks.first) as bar:
+        try:
+            return certify_data(
+                certified,
+                data,
+                asked.eps,
+                batch_size=asked.batch_size,
+                certificate=certificate,
+                attack=effort,
+                on_batch=lambda count: bar.update(count * ranks.count),
+                ranks=ranks,
+            )
+        except BrokenCertificate as found:
+            write_atomically("counterexample.pt", partial(torch.save, found.content))
+            raise BrokenError(f"{found}; it is in counterexample.pt") from found
+
+
+def _page(loaded: Loaded, certified: CertifiedModel, report: Report, file: str) -> Page:
     """What is known for a page: layers as far as they can be told, metrics beside a checkpoint."""
     from certify.data import pixels
     from certify.layers import report_layers
     from certify.page import Page
 
+    network, data, dataset = loaded
     layers = report_layers(
-        model,
+        network.model,
         pixels(data.images[:8]),
         method="supremum" if certified.method == "best" else certified.method,
         tighten="merge",
@@ -211,4 +209,4 @@ def _page(title: str, certified: Any, report: Any, data: Any, model: Any, file: 
     )
     metrics = Path(file).parent / "metrics.csv"
     text = metrics.read_text() if Path(file).is_file() and metrics.is_file() else None
-    return Page(title, report, data, layers, text)
+    return Page(f"{network.name} on {dataset}", report, data, layers, text)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from certify.option_types import Epsilon, Numbers, Setting, Shape
+from certify.option_types import Numbers, Setting, Shape
 
 
 class InputError(click.ClickException):
@@ -98,89 +98,6 @@ def load_named(dataset: str | None, **which: Any) -> Any:
     if not dataset:
         return load_network(**which)
     return load_network(**which, num_classes=num_classes(dataset), image_shape=image_shape(dataset))
-
-
-def load_images(
-    dataset: str,
-    network: Any,
-    *,
-    data_dir: str | None,
-    download: bool,
-    held_out: int | None,
-    limit: int | None = None,
-) -> Any:
-    """Load the test images, or the last training images, or the first of them."""
-    from certify.data import load_data
-
-    data = load_data(
-        dataset,
-        train=held_out is not None,
-        data_dir=data_dir or network.data_dir,
-        download=download,
-    )
-    if dataset == network.dataset and network.classes and data.classes != network.classes:
-        raise InputError(
-            f"the network was trained on {dataset} with the classes {_few(network.classes)}; now "
-            f"they are {_few(data.classes)}"
-        )
-    if data.input_shape != network.input_shape:  # before anything of that size is computed
-        raise InputError(
-            f"the model takes images of shape {network.input_shape}, the data has "
-            f"{data.input_shape}"
-        )
-    if held_out is not None:
-        _, data = data.split(held_out)
-    return data.head(limit)
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-
-
-def images_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that say which images, and how many at a time."""
-    for option in (
-        click.option("--batch-size", default=500, show_default=True, type=click.IntRange(min=1)),
-        click.option(
-            "--held-out",
-            metavar="N",
-            type=click.IntRange(min=1),
-            help="The last N training images in place of the test images.",
-        ),
-        click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images."),
-        click.option(
-            "--eps",
-            type=Epsilon(),
-            multiple=True,
-            default=(0.1, 0.5, 1.0),
-            help="L2 budget, e.g. 0.5 or 36/255; may be repeated.  [default: 0.1, 0.5, 1.0]",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def effort_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that say how hard to attack."""
-    for option in (
-        click.option("--foolbox", is_flag=True, help="Run foolbox's attacks too, if installed."),
-        click.option(
-            "--restarts",
-            default=1,
-            show_default=True,
-            type=click.IntRange(min=0),
-            help="Random starts of projected gradient descent.",
-        ),
-        click.option(
-            "--attack-steps",
-            default=20,
-            show_default=True,
-            type=click.IntRange(min=1),
-            help="Gradients for each start of an attack.",
-        ),
-    ):
-        command = option(command)
-    return command
 
 
 def check_folders(*paths: str | None) -> None:

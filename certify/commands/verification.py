@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
+from certify.commands.asked import load_images
 from certify.commands.options import (
     InputError,
     common_options,
-    load_images,
     load_named,
     network_options,
     one_line_errors,

@@ -249,7 +249,11 @@ def test_eval_a_state_dict(write_code: WriteCode, tmp_path: Path) -> None:
     assert twice["lipschitz"] == pytest.approx(2 * plain["lipschitz"])  # in units of pixels
 
     assert_one_line(invoke(*command, *shape), r"'1\.weight' should be \(8, 784\), is \(5, 784\)")
-    assert_one_line(invoke(*command), "pass --input-shape")
+    told = invoke(*command, "--set", "hidden=5", "--json", "told.json")  # by the data
+    assert told.exit_code == 0, told.output
+    assert json.loads(Path("told.json").read_text())["lipschitz"] == plain["lipschitz"]
+    without_shape = [*command[:3], *command[-2:], "--set", "num_classes=10"]
+    assert_one_line(invoke("bound", *without_shape[1:]), "pass --input-shape")
     assert_one_line(invoke(*command, *fits, "--mean", 0), "--mean and --std go together")
     assert_one_line(invoke(*command, "--input-shape", "1x28x28"), "is not a shape such as 3,32,32")
     assert_one_line(invoke(*command, "--input-shape", "0,28,28"), "is not a shape such as 3,32,32")
@@ -271,11 +275,11 @@ def test_eval_an_architecture_alone(write_code: WriteCode, write_png: WritePng) 
     for name in ("a", "b"):
         write_png(Path("data", "test", name, "x.png"), (32, 32), 99)
     images = ["eval", "--model", "torchvision:regnet_x_400mf", "--dataset", "folder:data"]
-    result = invoke(*images, "--input-shape", "3,32,32")
+    result = invoke(*images)
     assert result.exit_code == 0, result.output
     assert "certifying torchvision:regnet_x_400mf (randomly initialised) on" in result.output
-    result = invoke(*images)
-    assert_one_line(result, r"takes images of shape \(3, 224, 224\), the data has \(3, 32, 32\)")
+    result = invoke(*images, "--input-shape", "3,64,64")
+    assert_one_line(result, r"takes images of shape \(3, 64, 64\), the data has \(3, 32, 32\)")
     assert_one_line(invoke(*images, "--arch", "mlp"), "--arch is for files of weights")
 
 
