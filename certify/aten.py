@@ -60,6 +60,8 @@ def refuse_unknown(graph: fx.Graph) -> None:
             reason = REFUSALS.get(getattr(F, name, None)) if not known else None
             if reason is not None:
                 raise UnsupportedModel(f"node {n.name!r}: {n.target}: {reason}")
+            if any(argument.is_out for argument in n.target._schema.arguments):
+                raise UnsupportedModel(f"node {n.name!r}: {n.target} writes into another tensor")
             if n.target._schema.is_mutable and getattr(n.args[0], "op", "") == "get_attr":
                 raise UnsupportedModel(
                     f"node {n.name!r}: {n.target} changes the program's own tensors, as in "
@@ -87,6 +89,7 @@ def converted(graph: fx.Graph, values: Mapping[fx.Node, Any], batch: int | None)
     for n in graph.nodes:
         conversion.convert(n)
     conversion.put_maxmin()
+    conversion.refuse_batch_numbers()
     conversion.graph.lint()
     return conversion
 
@@ -190,10 +193,31 @@ class Conversion:
             idle = [n]
             while idle:
                 last = idle.pop()
-                if not last.users and last is not source and last not in erased:
+                pure = last.op != "call_function" or last.target in _PAIRING
+                pure = pure and (last.op != "call_method" or last.target in ("view", "reshape"))
+                if pure and not last.users and last is not source and last not in erased:
                     idle += last.all_input_nodes
                     self.graph.erase_node(last)
                     erased.add(last)
+
+    def refuse_batch_numbers(self) -> None:
+        """Refuse the size of the batch other than as the first size of a result.
+
+        A program could compute something else for each size, which no example shows.
+        """
+        for n in self.graph.nodes:
+            if n.op != "call_method" or n.target != "size" or n.args[1] % self._axes(n.args[0]):
+                continue
+            for user in n.users:
+                sizes = user.args[1] if len(user.args) == 2 else ()
+                fits = user.op == "call_method" and user.target in ("view", "reshape", "expand")
+                if not (fits and isinstance(sizes, (list, tuple)) and n not in sizes[1:]):
+                    raise UnsupportedModel(
+                        f"node {user.name!r} computes with the number of inputs in a batch"
+                    )
+
+    def _axes(self, n: fx.Node) -> int:
+        return len(self._shapes[n])
 
     # What the spelled operations ask for.
 
@@ -411,7 +435,8 @@ def _elu(c: Conversion, n: fx.Node, given: _Given) -> fx.Node:
 
 
 def _clone(c: Conversion, n: fx.Node, given: _Given) -> fx.Node:
-    return c.call(torch.clone, given["self"])
+    form = given.get("memory_format")
+    return c.call(torch.clone, given["self"], **({} if form is None else {"memory_format": form}))
 
 
 _SPELLED: dict[str, _Spelled] = {
@@ -489,6 +514,9 @@ def _reshaped(n: fx.Node) -> fx.Node | None:
     source = n.args[0]
     return source if isinstance(source, fx.Node) else None
 
+
+_PAIRING = (torch.stack, torch.cat, torch.unsqueeze, torch.maximum, torch.minimum, torch.select)
+"""Functions of which the sorting of pairs is made: they write into nothing."""
 
 _RESHAPES = (("call_method", "view"), ("call_method", "reshape"))
 

@@ -33,6 +33,8 @@ _MOVES = {
     "Constant", "Identity", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Slice",
     "Gather", "Concat", "ConstantOfShape",
 }  # fmt: skip
+_BROADCAST = {"Add", "Sub", "Mul", "Div", "PRelu", "Gemm"}
+
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Cast", "Neg", "Range", "ReduceProd"}
 """On whole numbers, as sizes are."""
 
@@ -124,6 +126,9 @@ class _Reader:
     def add(self, node: Any) -> None:
         """Write one node."""
         kind = node.op_type
+        old = {"broadcast", "axis"} if kind in _BROADCAST else set()
+        if old.intersection(a.name for a in node.attribute):
+            raise UnsupportedModel(f"node {node.name!r}: {kind} with axes as before opset 7")
         if node.domain not in ("", "ai.onnx"):
             raise UnsupportedModel(f"node {node.name!r}: {node.domain}.{kind}")
         inputs = [self._known[name] if name else None for name in node.input]
@@ -378,7 +383,8 @@ def _pairwise(operation: Any) -> _Operation:
 
 def _prelu(r: _Reader, c: _Call) -> _Value:
     slopes = c.array(1)
-    if slopes.shape != (1,) and math.prod(slopes.shape) != slopes.shape[-(c.axes - 1) :][0]:
+    aligned = (1,) * (c.axes - slopes.ndim) + slopes.shape  # as ONNX does: the last axis first
+    if math.prod(aligned) not in (1, aligned[1] if len(aligned) > 1 else 1):
         raise UnsupportedModel("slopes that differ within a channel")
     return r.call(aten.prelu.default, c.x, r.constant(slopes.reshape(-1)))
 

@@ -127,12 +127,18 @@ def transpose(x: Signal, dim0: int, dim1: int) -> Signal:
     return x.scaled(linear=True)
 
 
-@lipschitz_rule(torch.flip, "flip", torch.roll, "roll", rounding=exact)
+@lipschitz_rule(torch.roll, "roll", rounding=exact)
+def roll(x: Signal, shifts: Any, dims: Any = None) -> Signal:
+    """As `flip`; without dims, all samples of a batch are rolled as one."""
+    return flip(x, () if dims is None else dims)
+
+
+@lipschitz_rule(torch.flip, "flip", rounding=exact)
 def flip(x: Signal, *arguments: Any, **named: Any) -> Signal:
     """A permutation along axes behind the batch's."""
     axes = named.get("dims", arguments[-1] if arguments else None)
     listed = axes if isinstance(axes, (tuple, list)) else (axes,)
-    if any(axis is None or axis % len(x.shape) == 0 for axis in listed):
+    if not listed or any(axis is None or axis % len(x.shape) == 0 for axis in listed):
         raise UnsupportedModel("flipping or rolling the batch axis")
     return x.scaled(linear=True)
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 import models
 from certify import CertifiedModel, UnsupportedModel
 from certify.forward_error import ForwardError
+from certify.graph import LipschitzGraph
+from certify.norms import proven_norms
 from certify.precision import PRECISIONS, precision
 from certify.rules.registry import ROUNDINGS
 from certify.signal import UnknownRounding
@@ -491,3 +493,20 @@ def test_numbers_of_weights_that_are_read_past_the_trace_are_refused() -> None:
 
     with pytest.raises(UnknownRounding, match="computes constants"):
         CertifiedModel(Sly(), (2,), precision="bfloat16")
+
+
+def test_errors_of_a_bounded_function_are_bounded_by_its_range() -> None:
+    """A sum that rounding loses moves a sigmoid from one end to the other, and no farther."""
+    model = nn.Sequential(nn.Linear(22, 1), nn.Sigmoid(), nn.Linear(1, 2)).double()
+    weight = torch.ones(22, dtype=torch.float64)
+    weight[0], weight[-1] = 2.0**60, -(2.0**60)
+    with torch.no_grad():
+        model[0].weight[0] = weight
+        model[0].bias.fill_(-10.0)
+    graph = LipschitzGraph(model.eval(), (22,))
+    found = ForwardError(graph, graph.walk(), lambda some: proven_norms(some, "fantastic_four"))
+    errors = found.errors_at(torch.ones(1, 22, dtype=torch.float64))
+    (error,) = (e for (node, _), e in errors.items() if node.target == "model.1")
+    (before,) = (e for (node, _), e in errors.items() if node.target == "model.0")
+    assert before.item() > 100.0  # of the sum; exactly it is 10
+    assert 1.0 <= error.item() <= 2.0 + 1e-9
