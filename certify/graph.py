@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from certify.batch_numbers import refuse_batch_numbers
 from certify.cutting import cut
 from certify.nodes import (
     Arguments,
@@ -95,6 +96,7 @@ class LipschitzGraph:
             graph, self.computes_constants = trace(root, example)
             _refuse_early(root, graph)
             shapes = check_against_module(root, graph, example)
+            refuse_batch_numbers(graph, shapes)
             self._recorder = Recorder(root, graph)
             self.input_shape = tuple(input_shape)
             self.domain = limits

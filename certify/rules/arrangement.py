@@ -136,7 +136,8 @@ def roll(x: Signal, shifts: Any, dims: Any = None) -> Signal:
 @lipschitz_rule(torch.flip, "flip", rounding=exact)
 def flip(x: Signal, *arguments: Any, **named: Any) -> Signal:
     """A permutation along axes behind the batch's."""
-    axes = named.get("dims", arguments[-1] if arguments else None)
+    given = arguments[0] if len(arguments) == 1 else arguments
+    axes = named.get("dims", given)
     listed = axes if isinstance(axes, (tuple, list)) else (axes,)
     if not listed or any(axis is None or axis % len(x.shape) == 0 for axis in listed):
         raise UnsupportedModel("flipping or rolling the batch axis")

@@ -339,7 +339,12 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], str]] = [
     ("weight changed", forward(changes_a_weight_and_restores_it), (4,), "modifie"),
     ("weight, by a result", forward(changes_a_weight_through_a_result), (4,), "modifies tensors"),
     ("data of a buffer", forward(changes_data_of_a_buffer), (4,), "modifies tensors"),
-    ("statistics changed", forward(changes_its_statistics), (4,), "modifies tensors"),
+    (
+        "statistics changed",
+        forward(changes_its_statistics),
+        (4,),
+        "modifies tensors|does not compute",
+    ),
     ("counter", forward(counts_calls), (4,), "does not compute"),
     ("memory", forward(remembers), (4,), "."),
     ("random dropout", forward(drops_at_random), (4,), "does not compute|other samples"),
@@ -657,6 +662,53 @@ def test_the_size_of_the_batch_may_not() -> None:
         CertifiedModel(forward(chooses_by_its_batch)(), (4,))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: self.linear(x) * (x.shape[0] // 6 * 100 + 1),
+        lambda self, x: self.linear(x) * (x.size(0) // 6 * 100 + 1) + 1e12,
+        lambda self, x: self.linear(x) * (x.numel() // 24 * 100 + 1),
+        lambda self, x: self.linear(x) * (torch.numel(x) // 24 * 100 + 1),
+        lambda self, x: self.linear(x) * (x.numel() // x.shape[1] // 6 * 100 + 1),
+        lambda self, x: self.linear(x) * ((x.shape + (1,))[0] // 6 * 100 + 1),  # noqa: RUF005
+        lambda self, x: self.linear(x) * (x.shape[::-1][1] // 6 * 100 + 1),
+        lambda self, x: self.linear(x) * (1 + torch.full((1,), x.shape[0] // 6)),
+        lambda self, x: self.linear(x).reshape(-1, x.shape[0] // 6 * 5 + 4),
+        lambda self, x: torch.roll(self.linear(x), x.shape[0] // 6, 1),
+        lambda self, x: torch.roll(self.linear(x), 40),
+        lambda self, x: torch.roll(self.linear(x), shifts=40) + 1e14,
+        lambda self, x: self.linear(x).flip(0, 1) + 1e14,
+        lambda self, x: self.linear(x).flip([1, 0]) + 1e14,
+    ],
+)
+def test_the_size_of_a_batch_may_not_be_computed_with(function: Callable[..., Any]) -> None:
+    """Where it shows in no batch of the examples, which have one, two or five samples."""
+    with pytest.raises(UnsupportedModel, match="batch"):
+        CertifiedModel(forward(function)(), (4,))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: self.linear(x).view(x.size(0), -1),
+        lambda self, x: self.linear(x).view(x.shape[0], 2, 2).flatten(1),
+        lambda self, x: self.linear(x).reshape(x.shape),
+        lambda self, x: self.linear(x).reshape(x.shape[:1] + (2, 2)).flatten(1),  # noqa: RUF005
+        lambda self, x: torch.cat([self.linear(x), self.linear.weight[:1].expand(len_(x), -1)], 1),
+        lambda self, x: torch.cat([self.linear(x), self.linear.weight[:1].repeat(len_(x), 1)], 1),
+        lambda self, x: self.linear(x) * x.shape[1] * self.linear.weight.shape[0],
+    ],
+)
+def test_the_size_of_a_batch_may_be_that_of_a_result(function: Callable[..., Any]) -> None:
+    certified = CertifiedModel(forward(function)(), (4,))
+    x = torch.randn(9, 4, dtype=torch.float64)
+    torch.testing.assert_close(certified.logits(x), certified.model(x))
+
+
+def len_(x: Tensor) -> int:
+    return x.shape[0]
+
+
 def test_parametrisations_of_the_original_survive() -> None:
     """Copies share the class that ``parametrize`` makes; the original keeps its weights."""
     model = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.ReLU())
@@ -669,6 +721,7 @@ def test_parametrisations_of_the_original_survive() -> None:
 
 
 def test_parametrised_weights_can_be_estimated_in_training() -> None:
+    torch.manual_seed(0)
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU())
     estimate = NetworkEstimator(model.train(), (4,))(30).lipschitz()
     assert estimate.item() == pytest.approx(
