@@ -70,7 +70,7 @@ class Comparison:
         )
 
     def plot(self, path: str | Path) -> None:
-        """Draw certified accuracy over the radius, a curve for each.
+        """Draw certified accuracy over the radius, a curve for each, and dashed what withstood.
 
         Raises:
             ValueError: an ending that matplotlib does not know.
@@ -79,7 +79,13 @@ class Comparison:
         from certify.plots import draw_curves, save
 
         curves = {name: Curve.from_json(one["curve"]) for name, one in self.reports.items()}
-        save(draw_curves(curves, epsilons=self.epsilons, title="certified accuracy"), path)
+        attacked = {
+            name: Curve.from_json(one["attacked_curve"])
+            for name, one in self.reports.items()
+            if "attacked_curve" in one
+        }
+        title = "certified accuracy" + (" (dashed: under attack)" if attacked else "")
+        save(draw_curves(curves, epsilons=self.epsilons, title=title, dashed=attacked), path)
 
 
 _KEYS = {
@@ -93,7 +99,8 @@ def _read(path: str | Path) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not content.keys() >= _KEYS:
             raise ValueError("it is not what certify eval --json writes")
-        Curve.from_json(content["curve"])
+        for curve in ("curve", "attacked_curve"):
+            Curve.from_json(content.get(curve, content["curve"]))
         accuracies = [content["clean_accuracy"], *content["certified_accuracy"].values()]
         numbers = [*accuracies, *map(float, content["certified_accuracy"])]
         if not all(isinstance(number, int | float) for number in numbers):

@@ -6,8 +6,10 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -68,21 +70,19 @@ def draw_curves(
     clean: float | None = None,
     epsilons: Sequence[float] = (),
     title: str = "",
+    dashed: Mapping[str, Curve] | None = None,
 ) -> Figure:
-    """Fractions of images over the radius, each with its name."""
+    """Fractions of images over the radius, each with its name; dashed ones go with the others."""
+    dashed = dashed or {}
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    reach = [_ninety_nine(curve) for curve in curves.values()]
+    reach = [_ninety_nine(curve) for curve in (*curves.values(), *dashed.values())]
     end = max([*(1.25 * e for e in epsilons), *(1.05 * r for r in reach), 1e-9])
     for index, (name, curve) in enumerate(curves.items()):
-        axes.step(
-            curve.radius,
-            [100 * fraction for fraction in curve.fraction],
-            where="pre",
-            color=COLOURS[index % len(COLOURS)],
-            linewidth=2,
-            label=name,
-        )
+        colour = COLOURS[index % len(COLOURS)]
+        _step(axes, curve, color=colour, linewidth=2, label=name)
+        if name in dashed:
+            _step(axes, dashed[name], color=colour, linewidth=1, linestyle="--")
     if clean is not None:
         axes.axhline(100 * clean, color=GREY, linewidth=1, linestyle=":")
         axes.text(end, 100 * clean, "clean ", ha="right", va="bottom", color=GREY)
@@ -94,6 +94,11 @@ def draw_curves(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     return figure
+
+
+def _step(axes: Axes, curve: Curve, **style: Any) -> None:
+    heights = [100 * fraction for fraction in curve.fraction]
+    axes.step(curve.radius, heights, where="pre", **style)
 
 
 def draw_radii(report: Report, classes: Sequence[str]) -> Figure:
