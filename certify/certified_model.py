@@ -17,7 +17,7 @@ from certify.centres import proven_walk
 from certify.certificates import Certificate, check_certificate, in_a_row, largest_of
 from certify.certificates import certificate as certified_by_margins
 from certify.dual import STEPS, DualResult
-from certify.folding import any_folded, copy_with_plain_weights, refuse_other_results
+from certify.folding import refuse_other_results
 from certify.forward_error import ForwardError
 from certify.graph import LipschitzGraph
 from certify.head import smooth_head
@@ -29,8 +29,8 @@ from certify.precision import precision as precision_named
 from certify.programs import module_of
 from certify.signal import Signal, UnknownRounding, UnsupportedModel
 from certify.smooth_radii import SmoothRadii
+from certify.snapshot import exact_copy
 from certify.tightening import NetworkBound, bound_network
-from certify.tracing import refuse_what_tracing_misses
 
 _LOCAL_PASSES = 3
 """Whose rounding a local certificate pays for.
@@ -414,30 +414,6 @@ def check_floating(x: Tensor) -> None:
         raise ValueError(
             f"expected inputs of floating point, got {x.dtype}; for images of bytes x / 255"
         )
-
-
-def exact_copy(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
-    """Copy a model into float64, in evaluation mode, without gradients.
-
-    Args:
-        model: any module.
-        input_shape: shape of one sample.
-
-    Raises:
-        UnsupportedModel: a model that cannot be copied, or does what a graph does not show.
-        ValueError: NaN or infinite parameters.
-    """
-    original, model = model, copy_with_plain_weights(model)
-    refuse_what_tracing_misses(model)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_complex() or tensor.is_meta:
-            raise UnsupportedModel(f"{name!r} is complex or has no data")
-        if not bool(torch.isfinite(tensor.detach()).all()):
-            raise ValueError(f"expected finite parameters, got NaN or infinity in {name!r}")
-    exact = model.to(torch.float64).requires_grad_(False)
-    if any_folded(original):
-        refuse_other_results(original, exact, input_shape)
-    return exact
 
 
 def _proven(bound: Tensor) -> Tensor:

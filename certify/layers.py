@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from certify.bounding import Bounding, Norms
 from certify.centres import proven_walk
-from certify.certified_model import CertifiedModel, exact_copy
+from certify.certified_model import CertifiedModel
 from certify.evaluation import finite
 from certify.graph import LipschitzGraph
 from certify.operators import Convolution, Weighted
 from certify.signal import Affine, Signal
+from certify.snapshot import exact_copy
 from certify.tightening import TIGHTENINGS, NetworkBound, bound_network
 
 _STEP = 1e-4  # of the differences that gains are measured by

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from certify.bounding import Norms
-from certify.certified_model import CertifiedModel, exact_copy
+from certify.certified_model import CertifiedModel
 from certify.data import ImageData, pixels
 from certify.grid_proofs import norm_at_most, symbol_norm
 from certify.operators import Convolution, Weighted
 from certify.precision import PRECISIONS
 from certify.records import RecordError, check_recordable, hash_of_images, hash_of_model
+from certify.snapshot import exact_copy
 
 _KEYS = {
     "format", "sha256", "model", "input_shape", "data", "images", "method", "tighten", "domain",
