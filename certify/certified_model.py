@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -272,8 +273,7 @@ class CertifiedModel:
         """
         check_certificate(certificate)
         if not isinstance(x, Tensor):
-            batches = (batch[0] if isinstance(batch, list | tuple) else batch for batch in x)
-            found = [self.certify(batch, certificate).cpu() for batch in batches]
+            found = [self.certify(_inputs(batch), certificate).cpu() for batch in x]
             if not found:
                 raise ValueError("there are no inputs to certify")
             return in_a_row(found)
@@ -404,6 +404,18 @@ class CertifiedModel:
         if self.domain is not None and not _within(x, self.domain):
             raise ValueError(f"expected inputs with entries in {list(self.domain)}")
         return self.logits(x)
+
+
+def _inputs(batch: Any) -> Tensor:
+    """The inputs of a batch that may have labels."""
+    inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(inputs, Tensor):
+        raise ValueError(
+            f"expected batches of tensors, got {type(inputs).__name__}; see torch.as_tensor"
+        )
+    if inputs.ndim == 1 and not inputs.is_floating_point():
+        raise ValueError("these are labels: pass the inputs of a batch, or a list of batches")
+    return inputs
 
 
 def check_floating(x: Tensor) -> None:

@@ -313,7 +313,7 @@ def evaluate(
         if on_batch is not None:
             on_batch(len(images))
     done, passes = ranks.joined(done), sum(ranks.joined([passes]))
-    if not done:
+    if not any(len(labels) for labels, _ in done):
         raise ValueError("there are no images to evaluate")
     labels = torch.cat([labels for labels, _ in done])
     index = data.places if isinstance(data, ImageData) else None
@@ -360,6 +360,12 @@ def _batches(data: ImageData | Batches, size: int) -> Iterator[tuple[Tensor, Ten
             raise ValueError("expected batches of two, inputs and labels, as a DataLoader gives")
         inputs, labels = batch
         check_floating(inputs)
+        if (
+            not isinstance(labels, Tensor)
+            or labels.is_floating_point()
+            or labels.dtype == torch.bool
+        ):
+            raise ValueError("expected labels as a tensor of integers")
         yield inputs, labels
 
 
@@ -377,17 +383,17 @@ def check_batch(
     Raises:
         ValueError: see `evaluate`.
     """
-    if len(labels) != len(images) or labels.ndim != 1:
-        raise ValueError(f"expected {len(images)} labels, got shape {tuple(labels.shape)}")
+    if labels.ndim != 1 or images.ndim == 0 or len(labels) != len(images):
+        shapes = f"{tuple(labels.shape)} and {tuple(images.shape)}"
+        raise ValueError(f"expected as many labels as images, got shapes {shapes}")
     if tuple(images.shape[1:]) != tuple(input_shape):
         raise ValueError(
             f"the model takes images of shape {tuple(input_shape)}, the data has "
             f"{tuple(images.shape[1:])}"
         )
-    if len(labels) and int(labels.max()) >= num_classes:
-        raise ValueError(
-            f"the model has {num_classes} classes, the data has a label {int(labels.max())}"
-        )
+    for label in (int(labels.max()), int(labels.min())) if len(labels) else ():
+        if not 0 <= label < num_classes:
+            raise ValueError(f"the model has {num_classes} classes, the data has a label {label}")
 
 
 def check_budgets(epsilons: Sequence[float]) -> None:

@@ -296,7 +296,8 @@ class _Walk(fx.Interpreter):
         """Bound the error and the size of a result."""
         owner, signal, size = self._owner, call.signal, call.leaving
         before = owner.carry(signal, dict(self.carried), self.sizes)
-        if isinstance(signal.step, Slopes) and math.isfinite(signal.step.largest):
+        applied = signal.origin is None and signal not in self.carried
+        if applied and isinstance(signal.step, Slopes) and math.isfinite(signal.step.largest):
             # As far apart as two values of the function can be, whatever enters.
             farthest = 2.0 * signal.step.largest * math.sqrt(call.entries[1])
             before = before.clamp_max(farthest * (1.0 + 2.0**-50))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from certify.bounding import Bounding, Norms, merged
 from certify.graph import LipschitzGraph
+from certify.hashes import hash_of_tensors
 from certify.operators import Convolution, Matrix, Weighted
 from certify.ranks import ALONE, Ranks
 from certify.signal import Affine, Signal, UnsupportedModel
@@ -55,6 +56,8 @@ def proven_norms(
         together.setdefault(key, []).append(operator)
     # The largest first, so that processes have about as much to do.
     groups = sorted(together.values(), key=lambda group: -sum(o.weight.numel() for o in group))
+    if ranks.count > 1:  # or one's bounds would be taken for another's
+        ranks.agree(hash_of_tensors(o.effective_weight() for o in operators), "weights")
     found = [_bounds(group, method, any_size) for group in ranks.share(groups)]
     if ranks.count > 1:
         found = [[bound.detach().cpu() for bound in bounds] for bounds in found]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -23,18 +25,20 @@ class RankLost(RuntimeError):  # noqa: N818 - the name says what happened
 class Ranks:
     """The processes of a job.
 
-    `joined`, `told`, `in_turn`, `largest` and `total` are calls that every process has to make, in
-    the same order.
+    `joined`, `told`, `in_turn`, `largest`, `total` and `agree` are calls that every process has to
+    make, in the same order.
 
     Attributes:
         rank: of this one.
         count: of all.
         local: number of this one on its machine.
+        own_gpus: whether no two share a GPU, so that NCCL can be used.
     """
 
     rank: int = 0
     count: int = 1
     local: int = 0
+    own_gpus: bool = True
 
     @property
     def first(self) -> bool:
@@ -98,6 +102,18 @@ class Ranks:
             distributed.all_reduce(own)
         return own
 
+    def agree(self, item: object, what: str) -> None:
+        """Raise a ``ValueError``, all of them, unless all have the same."""
+        if self.count == 1:
+            return
+        found: list[Any] = [None] * self.count
+        distributed.all_gather_object(found, item)
+        if any(other != found[0] for other in found):
+            raise ValueError(
+                f"the processes of this job have different {what}; was a file replaced while it "
+                "was read, or is a factory random?"
+            )
+
 
 ALONE = Ranks()
 """A process that does all of the work."""
@@ -108,10 +124,11 @@ def job() -> Iterator[Ranks]:
     """Join the processes that ``torchrun`` started with this one, if it did.
 
     Each takes the GPU of its local rank. What is on GPUs is exchanged by NCCL, if no two processes
-    share one, all else by gloo.
+    share one, all else by gloo. Nobody waits for a process that is gone, as ``torchrun`` ends such
+    a job, and for one that is slow as long as it takes.
 
     Raises:
-        RankLost: another process has ended before its time.
+        RankLost: another process has ended before its time, or was never there.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -121,18 +138,21 @@ def job() -> Iterator[Ranks]:
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(local % gpus)
-    own_gpu = distributed.is_nccl_available() and 0 < _processes_here() <= gpus
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
+    rank = os.environ.get("RANK", "?")
+    nccl = gpus > 0 and distributed.is_nccl_available()
     try:
-        yield Ranks(distributed.get_rank(), count, local)
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(days=30)
+        )
+        yield Ranks(distributed.get_rank(), count, local, nccl and _own_gpus(count))
     except RuntimeError as error:
         if not _is_about_others(error):
             _leave()
             raise
         reason = str(error).strip().split(". ")[0]
         raise RankLost(
-            f"rank {distributed.get_rank()} ends as another process of this job is gone; torchrun "
-            f"tells which ({reason})"
+            f"rank {rank} ends as another process of this job is gone; torchrun tells which "
+            f"({reason})"
         ) from error
     except BaseException:
         _leave()
@@ -140,17 +160,29 @@ def job() -> Iterator[Ranks]:
     _leave()
 
 
+def _own_gpus(count: int) -> bool:
+    """Whether each process has a GPU to itself."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    names: list[Any] = [None] * count
+    own = platform.node(), str(getattr(properties, "uuid", torch.cuda.current_device()))
+    distributed.all_gather_object(names, own)
+    return len(set(names)) == count
+
+
 def _leave() -> None:
     gc.collect()  # what still holds the group would end the process with an abort
-    distributed.destroy_process_group()
-
-
-def _processes_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _is_about_others(error: RuntimeError) -> bool:
-    """Whether a collective operation failed; gloo's failures have no type of their own."""
-    names = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+    """Whether another process is not there; such failures have no type of their own."""
+    signs = (
+        "closed by peer",
+        "reset by peer",
+        "broken pipe",
+        "remote process",
+        "failed to connect",
+    )
     said = str(error).lower()
-    return isinstance(error, distributed.DistError) or any(name in said for name in names)
+    return isinstance(error, distributed.DistNetworkError) or any(sign in said for sign in signs)

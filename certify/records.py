@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from certify.bounding import Norms
 from certify.certified_model import CertifiedModel
@@ -19,6 +19,7 @@ from certify.data import ImageData
 from certify.evaluation import Report
 from certify.files import write_text
 from certify.grid_proofs import MOST, norm_at_most, symbol_norm
+from certify.hashes import hash_of_images, hash_of_model
 from certify.norms import proven_norms
 from certify.operators import Convolution, Weighted
 from certify.ranks import ALONE, Ranks
@@ -139,28 +140,6 @@ def record_of(
         "radii": radii.clamp_max(1e300).tolist(),
         "versions": versions(),
     }
-
-
-def hash_of_model(model: nn.Module) -> str:
-    """SHA-256 of the names, shapes and values of all parameters and buffers, as float64."""
-    digest = hashlib.sha256()
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor.to(torch.float64) if tensor.is_floating_point() else tensor))
-    return digest.hexdigest()
-
-
-def hash_of_images(images: Tensor, labels: Tensor) -> str:
-    """SHA-256 of images and labels, in their order."""
-    digest = hashlib.sha256(f"{tuple(images.shape)}\n".encode())
-    digest.update(_bytes(images))
-    digest.update(_bytes(labels))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().numpy().tobytes()
 
 
 def versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ from certify.augmentation import augmentations
 from certify.checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from certify.data import load_data
 from certify.files import one_writer, write_text
+from certify.hashes import hash_of_images
 from certify.ranks import ALONE, Ranks
 from certify.training import EpochMetrics, Trainer
 from certify.training_config import TrainingConfig
@@ -47,12 +48,14 @@ class RunConfig:
     device: str = "auto"
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     """Return the named device; ``auto`` is CUDA where there is one.
 
     Raises:
-        ValueError: a device that this machine does not have.
+        ValueError: a device that this machine does not have, or one of several for all processes.
     """
+    if ranks.count > 1 and ":" in name:
+        raise ValueError(f"with several processes leave out the number of --device {name}")
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -106,7 +109,7 @@ def run_training(
             raise ValueError(f"{path} exists; choose another --out, or --resume or --overwrite it")
 
     ranks.told(check_free)
-    device = choose_device(config.device)
+    device = choose_device(config.device, ranks)
     data = ranks.in_turn(
         lambda: load_data(config.dataset, train=True, data_dir=config.data_dir, download=download)
     )
@@ -122,6 +125,7 @@ def run_training(
     model = architectures.build(config.model, hyperparameters).to(device)
     settings = _settings(config, hyperparameters)
     _refuse_other_state(model)
+    ranks.agree(hash_of_images(data.images, data.labels) if ranks.count > 1 else None, "images")
     trainer = Trainer(model, data, config.training, augment, ranks)
 
     checkpoint = Checkpoint(
@@ -142,10 +146,7 @@ def run_training(
         if not path.exists():
             return None
         check_free()  # another run may have just written it
-        if resume:
-            return load_checkpoint(path)
-        path.unlink()
-        return None
+        return load_checkpoint(path) if resume else None
 
     with ExitStack() as stack:
         before = ranks.told(begin)
@@ -156,7 +157,11 @@ def run_training(
             write_text(out / "config.json", settings)
             if on_start is not None:
                 on_start(trainer)
+            if before is None:  # nothing more can stand in the way
+                path.unlink(missing_ok=True)
             folder = _Folder(out, trainer, checkpoint, history, on_epoch)
+            if before is not None and before.progress is not None and trainer.finished:
+                folder.save(finished=True)  # the time was over before it was written
             _run_epochs(trainer, folder.write, on_step, stop)
         else:
             _run_epochs(trainer, lambda metrics, last: None, None, stop)
@@ -208,15 +213,18 @@ class _Folder:
         if metrics is not None:
             self._history.append(metrics)
         if last or self._pause.over():
-            finished = last and metrics is not None
-            with self._pause:
-                weights = _on_cpu(self._trainer.result)
-                progress = None if finished else _progress(self._trainer, self._history)
-                found = replace(self._checkpoint, state_dict=weights, progress=progress)
-                found.save(self._out / "ckpt.pt")
+            self.save(finished=last and metrics is not None)
         write_text(self._out / "metrics.csv", _table(self._history))
         if metrics is not None and self._on_epoch is not None:
             self._on_epoch(metrics)
+
+    def save(self, finished: bool) -> None:
+        """Write the checkpoint."""
+        with self._pause:
+            weights = _on_cpu(self._trainer.result)
+            progress = None if finished else _progress(self._trainer, self._history)
+            found = replace(self._checkpoint, state_dict=weights, progress=progress)
+            found.save(self._out / "ckpt.pt")
 
 
 class _Pause:

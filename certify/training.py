@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -108,7 +109,13 @@ class Trainer:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._outcome: Callable[[Tensor, Tensor, float], Outcome] = self._objective
         if ranks.count > 1:
-            self._outcome = _shared(model, self._objective, pixels(self._images[:1]))
+            unused = _any_unused(model, pixels(self._images[: config.batch_size]))
+            self._outcome = DistributedDataParallel(
+                _Whole(model, self._objective),
+                find_unused_parameters=unused,
+                gradient_as_bucket_view=True,
+                process_group=None if ranks.own_gpus else distributed.new_group(backend="gloo"),
+            )
         self._optimizers = make_optimizers(config, trained)
         self._trained = trained
         self._average: AveragedModel | None = None
@@ -131,7 +138,8 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether all epochs are done, or the time is over after one at least."""
-        return self.epoch >= self.config.epochs or (self.epoch > 0 and self._over)
+        over = self.epoch > 0 and self._over and self._part is None
+        return self.epoch >= self.config.epochs or over
 
     @property
     def result(self) -> nn.Module:
@@ -290,15 +298,17 @@ class _Whole(nn.Module):
         return Outcome(found.loss, *rest)
 
 
-def _shared(model: nn.Module, objective: Objective, x: Tensor) -> nn.Module:
-    """The objective, with gradients that are averaged over all processes; ``x`` are inputs."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _evaluating(model):
-        gradients = torch.autograd.grad(model(x).sum(), trained, allow_unused=True)
-    unused = any(gradient is None for gradient in gradients)
-    return DistributedDataParallel(
-        _Whole(model, objective), find_unused_parameters=unused, gradient_as_bucket_view=True
-    )
+def _any_unused(model: nn.Module, x: Tensor) -> bool:
+    """Whether some weights have no part in the logits of inputs, in training or in evaluation."""
+    twin = copy.deepcopy(model)
+    trained = [parameter for parameter in twin.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng():
+        for mode in (True, False):
+            logits = twin.train(mode)(x)
+            gradients = torch.autograd.grad(logits.sum(), trained, allow_unused=True)
+            if any(gradient is None for gradient in gradients):
+                return True
+    return False
 
 
 def train(

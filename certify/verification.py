@@ -20,9 +20,10 @@ from certify.bounding import Norms
 from certify.certified_model import CertifiedModel
 from certify.data import ImageData, pixels
 from certify.grid_proofs import norm_at_most, symbol_norm
+from certify.hashes import hash_of_images, hash_of_model
 from certify.operators import Convolution, Weighted
 from certify.precision import PRECISIONS
-from certify.records import RecordError, check_recordable, hash_of_images, hash_of_model
+from certify.records import RecordError, check_recordable
 from certify.snapshot import exact_copy
 
 _KEYS = {

@@ -58,6 +58,7 @@ class Asked:
 
     def load(self, ranks: Ranks, doing: str) -> Loaded:
         """Load both, and say what is being done with them."""
+        from certify.hashes import hash_of_images, hash_of_model
         from certify.run import choose_device
 
         network = load_named(self.dataset, **self.network)
@@ -77,7 +78,10 @@ class Asked:
             limit=self.limit,
         )
         data = ranks.in_turn(load)
-        network.model.to(choose_device(self.device))
+        network.model.to(choose_device(self.device, ranks))
+        if ranks.count > 1:
+            digests = hash_of_model(network.model), hash_of_images(data.images, data.labels)
+            ranks.agree(digests, "weights or images")
         return Loaded(network, data, dataset)
 
 

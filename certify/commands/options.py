@@ -26,6 +26,15 @@ class InputError(click.ClickException):
         super().show(file)
 
 
+class LostError(InputError):
+    """Another process of the job is gone."""
+
+    def show(self, file: Any = None) -> None:
+        """Print the line, unless the process that knows why has ended the job before."""
+        time.sleep(6.0)
+        click.ClickException.show(self, file)
+
+
 class BrokenError(click.ClickException):
     """A certificate that an attack broke."""
 
@@ -44,7 +53,8 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, UnsupportedModel, TrainingDiverged, RankLost) as error:
         line = " ".join(str(error).split())  # from files, too, which may hold anything
         shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-        raise InputError(shown) from error
+        kind = LostError if isinstance(error, RankLost) else InputError
+        raise kind(shown) from error
 
 
 ARCHITECTURES = "a name, torchvision:NAME, or package.module:factory"

@@ -38,11 +38,12 @@ class Progress:
 
     def update(self, count: int = 1, note: str = "") -> None:
         """So many more units are done; the note says what is known of them."""
+        count = min(count, self._total - self._done)
+        self._done += count
         if not self.in_log:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
             return
-        self._done = min(self._done + count, self._total)
         now = time.monotonic()
         if now - self._last >= SECONDS:
             self._last = now

@@ -196,15 +196,29 @@ def test_loaders_that_do_not_fit_are_refused() -> None:
     for batches, message in (
         ([], "no images"),
         ([images], "inputs and labels"),
-        ([(images, torch.zeros(4))], "expected 5 labels"),
+        ([(images, torch.arange(4) % 3)], "as many labels as images"),
         ([(images, torch.full((5,), 3))], "has a label 3"),
-        ([(images[..., 1:], torch.zeros(5))], "the data has"),
-        ([((255 * images).byte(), torch.zeros(5))], "floating point"),
+        ([(images, torch.full((5,), -1))], "has a label -1"),
+        ([(images, torch.zeros(5))], "labels as a tensor of integers"),
+        ([(images, [0, 1, 2, 0, 1])], "labels as a tensor of integers"),
+        ([(images[0, 0, 0, 0], torch.tensor(0))], "as many labels as images"),
+        ([(images[..., 1:], torch.arange(5) % 3)], "the data has"),
+        ([((255 * images).byte(), torch.arange(5) % 3)], "floating point"),
+        ([(images.numpy(), torch.arange(5) % 3)], "as tensors"),
+        ([(images[:0], torch.zeros(0, dtype=torch.int64))], "no images"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(certified, batches)
-    with pytest.raises(ValueError, match="no inputs"):
-        certified.certify([])
+    for batches, message in (
+        ([], "no inputs"),
+        ({"x": images}, "expected batches of tensors, got str"),
+        ([{"x": images}], "got dict"),
+        ([[]], "got list"),
+        (images.numpy(), "got ndarray"),
+        ([images, torch.arange(5) % 3], "these are labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            certified.certify(batches)
     with pytest.raises(ValueError, match=r"x\[None\] is a batch of one"):
         certified.certify(images[0])
     with pytest.raises(ValueError, match="x / 255"):

@@ -135,20 +135,96 @@ def test_a_process_that_dies_ends_the_training(tmp_path: Path) -> None:
     command = ("train", "--model", "doomed:network", "--epochs", "100000", "--out", str(out))
     result = run(2, *command, path=str(tmp_path))
     assert result.returncode != 0
-    assert "SIGKILL" in result.stderr
-    assert "rank 0 ends as another process of this job is gone" in result.stderr
+    assert "SIGKILL" in result.stderr  # torchrun ends the others before they can complain
     assert load_checkpoint(out / "ckpt.pt").progress is not None
 
 
 DOOMED = """
-import os, signal, threading
+import os, pathlib, signal, threading, time
 import torch
+
+def die():
+    while not pathlib.Path(__file__).with_name("out").joinpath("ckpt.pt").exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def network(input_shape, num_classes):
     if os.environ.get("RANK") == "1":
-        threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        threading.Thread(target=die).start()
     pixels = torch.Size(input_shape).numel()
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(pixels, num_classes))
+"""
+
+
+@launched
+def test_processes_with_different_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    model = ("--model", "uneven:network", "--dataset", "mnist-5k", "--limit", "20")
+    for command in ("eval", "attack"):
+        result = run(2, command, *model, path=str(tmp_path))
+        assert result.returncode != 0
+        assert result.stderr.count("different weights or images") == 1
+        assert "images  " not in result.stdout
+
+
+UNEVEN = """
+import os
+import torch
+
+def network(input_shape, num_classes):
+    linear = torch.nn.Linear(torch.Size(input_shape).numel(), num_classes)
+    linear.bias.data += float(os.environ["RANK"])
+    return torch.nn.Sequential(torch.nn.Flatten(), linear)
+"""
+
+
+@launched
+def test_the_process_that_fails_says_why(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    model = ("--model", "mlp", "--dataset", "mnist-5k", "--limit", "40", "--batch-size", "10")
+    result = run(2, "eval", *model, path=str(tmp_path), module="failing")
+    assert result.returncode != 0
+    assert "Error: a bad day" in result.stderr
+    assert "rank      : 1" in result.stderr.split("Root Cause")[1]
+
+
+FAILING = """
+import os
+from certify import certified_model, cli
+
+certify = certified_model.CertifiedModel.certify
+
+def failing(self, *arguments):
+    if os.environ["RANK"] == "1":
+        raise ValueError("a bad day")
+    return certify(self, *arguments)
+
+certified_model.CertifiedModel.certify = failing
+cli.main()
+"""
+
+
+@launched
+def test_weights_that_only_training_or_only_evaluation_uses(tmp_path: Path) -> None:
+    (tmp_path / "modes.py").write_text(MODES)
+    settings = ("--epochs", "2", "--batch-size", "1000", "--out", str(tmp_path / "out"))
+    result = run(2, "train", "--model", "modes:network", *settings, path=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+
+
+MODES = """
+import torch
+
+class Modes(torch.nn.Module):
+    def __init__(self, pixels, classes):
+        super().__init__()
+        self.linear, self.other = (torch.nn.Linear(pixels, classes) for _ in range(2))
+
+    def forward(self, x):
+        return (self.linear if self.training else self.other)(x.flatten(1))
+
+def network(input_shape, num_classes):
+    return Modes(torch.Size(input_shape).numel(), num_classes)
 """
 
 

@@ -622,3 +622,35 @@ def test_compiled_normalisation_is_refused_with_a_loss_by_bounds() -> None:
     with pytest.raises(UnsupportedModel, match="leave compile out"):
         Trainer(normalised(), data, TrainingConfig(compile=True))
     Trainer(normalised(), data, TrainingConfig(compile=True, loss="cross-entropy"))
+
+
+def run_config(**training: Any) -> RunConfig:
+    config = TrainingConfig(batch_size=500, **training)
+    return RunConfig("mlp", {"hidden": (8,)}, "mnist-5k", None, config)
+
+
+def test_a_run_whose_time_is_over_is_finished_when_it_goes_on(tmp_path: Path) -> None:
+    """It was stopped in its second epoch, and the limit passed while it was saved."""
+    asked = iter([False] * 10 + [True])
+    config = run_config(epochs=3, max_minutes=60.0)
+    stopped = run_training(config, tmp_path, stop=lambda: next(asked))
+    assert stopped.progress is not None
+    late = {**stopped.progress, "seconds": 3601.0}
+    dataclasses.replace(stopped, progress=late).save(tmp_path / "ckpt.pt")
+    found = run_training(config, tmp_path, resume=True)
+    assert found.progress is None
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3  # two epochs
+    after_epoch = {**late, "part": None}
+    dataclasses.replace(stopped, progress=after_epoch).save(tmp_path / "ckpt.pt")
+    assert run_training(config, tmp_path, resume=True).progress is None
+
+
+def test_a_checkpoint_is_not_lost_before_its_successor_can_start(tmp_path: Path) -> None:
+    run_training(run_config(epochs=1), tmp_path)
+
+    def fails(trainer: Trainer) -> None:
+        raise OSError("no room for events")
+
+    with pytest.raises(OSError, match="no room"):
+        run_training(run_config(epochs=1), tmp_path, overwrite=True, on_start=fails)
+    assert (tmp_path / "ckpt.pt").exists()
