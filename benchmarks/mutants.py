@@ -313,9 +313,37 @@ MUTANTS = [
     Mutant(
         "a checkpoint's checksums are not looked at",
         "certify/checkpoints.py",
-        "            _check_archive(path)\n",
+        "            check_archive(path)\n",
         "",
         "tests/certify/test_checkpoints.py",
+    ),
+    Mutant(
+        "forward error: a bounded function's values are near each other",
+        "certify/forward_error.py",
+        "farthest = 2.0 * signal.step.largest",
+        "farthest = 0.1 * signal.step.largest",
+        "tests/certify/test_forward_error.py",
+    ),
+    Mutant(
+        "the number of samples may be computed with",
+        "certify/batch_numbers.py",
+        "if not either.intersection(n.all_input_nodes):",
+        "if True:",
+        "tests/certify/test_graph.py",
+    ),
+    Mutant(
+        "rolling without axes keeps samples apart",
+        "certify/rules/arrangement.py",
+        "() if dims is None else dims",
+        "1 if dims is None else dims",
+        "tests/certify/test_graph.py",
+    ),
+    Mutant(
+        "processes with different weights share their proofs",
+        "certify/ranks.py",
+        "if any(other != found[0] for other in found):",
+        "if False:",
+        "tests/certify/test_ranks.py",
     ),
 ]
 
