@@ -14,6 +14,7 @@ import io
 import json
 import math
 import operator
+import re
 import sys
 import warnings
 import zipfile
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from certify.checkpoints import CheckpointError, check_archive
-from certify.programs import Names, Program, refuse_signature
+from certify.programs import Names, Program, open_shape, refuse_signature
 from certify.signal import UnsupportedModel
 
 _DTYPES = {
@@ -141,6 +142,21 @@ def _number(size: Mapping[str, Any]) -> int:
     return number
 
 
+def _symbol(size: Mapping[str, Any]) -> str:
+    """Name of a size that may vary; torch writes an expression for it, and evaluates that."""
+    expression = size["as_expr"]["expr_str"]
+    found = re.match(r"Symbol\('(\w+)'[^()]*\)$", expression)
+    return found[1] if found else f"({expression})"
+
+
+def _or(value: Any, default: float) -> float:
+    if value is None:
+        return default
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is not a number")
+    return value
+
+
 def _program(archive: _Archive) -> Program:
     content = archive.graph()
     if content["schema_version"]["major"] != _SCHEMA:
@@ -176,10 +192,17 @@ def _program(archive: _Archive) -> Program:
             del tensors[str(n.target)]
             reader.graph.erase_node(n)
     meta = graph["tensor_values"][given]
-    shape = tuple(_number(size) if "as_int" in size else None for size in meta["sizes"])
+    shape, limits = open_shape(
+        [_number(size) if "as_int" in size else _symbol(size) for size in meta["sizes"]],
+        {
+            name: (_or(values["min_val"], -math.inf), _or(values["max_val"], math.inf))
+            for name, values in content["range_constraints"].items()
+        },
+        content.get("guards_code") or [],
+    )
     if not shape or math.prod(size or 1 for size in shape) > _LARGEST_INPUT or 0 in shape:
         raise ValueError(f"inputs of shape {shape}")
-    return Program(reader.graph, tensors, shape, _DTYPES[meta["dtype"]])
+    return Program(reader.graph, tensors, shape, _DTYPES[meta["dtype"]], limits=limits)
 
 
 class _Reader:

@@ -7,9 +7,10 @@ precision and in float64.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ _DYNAMIC = (
 )
 
 
+_ONE_SIZE = (
+    "export it with a batch of any size, without limits, and all other sizes fixed: "
+    "dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)"
+)
+
+
 @dataclass(frozen=True)
 class Program:
     """A network as a graph of ATen operations.
@@ -38,6 +45,7 @@ class Program:
         shape: of the input, batch first; ``None`` for a size that may vary.
         dtype: of the input.
         reference: what else computes the program on a batch, to be compared with it.
+        limits: by axis, the smallest and the largest size that one that may vary may have.
     """
 
     graph: fx.Graph
@@ -45,6 +53,7 @@ class Program:
     shape: tuple[int | None, ...]
     dtype: torch.dtype
     reference: Callable[[Tensor], Tensor] | None = None
+    limits: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
     def input_shape(self, given: Sequence[int] | None = None) -> tuple[int, ...]:
         """Shape of one input, without the batch.
@@ -69,7 +78,40 @@ class Program:
             raise ValueError(
                 f"the program takes inputs {_listed(self.shape)}, not of shape {tuple(given)}"
             )
+        for axis, (low, high) in self.limits.items():
+            if axis and not low <= given[axis - 1] <= high:
+                raise ValueError(
+                    f"the program was exported for sizes of {low} to {high} along axis {axis}, "
+                    f"not {given[axis - 1]}"
+                )
         return tuple(given)
+
+
+def open_shape(
+    sizes: Sequence[int | str], ranges: Mapping[str, tuple[float, float]], guards: Sequence[str]
+) -> tuple[tuple[int | None, ...], dict[int, tuple[float, float]]]:
+    """Shape and limits of a program.
+
+    Args:
+        sizes: of its input; names for those that may vary.
+        ranges: of these names.
+        guards: what else the program supposes about sizes.
+
+    Raises:
+        UnsupportedModel: it may compute something else than its model for some batches. The graph
+            is one of several, for instance for batches of at least 4, but would run on others.
+    """
+    names = {axis: size for axis, size in enumerate(sizes) if isinstance(size, str)}
+    limits = {axis: ranges[name] for axis, name in names.items() if name in ranges}
+    low, high = limits.get(0, (0, math.inf))
+    if low > 2 or high < 2**31:
+        raise UnsupportedModel(
+            f"the program takes batches of {low} to {high} only, in which its model may compute "
+            f"something of its own; {_ONE_SIZE}"
+        )
+    if guards or len(limits) < len(names) or len(set(names.values())) < len(names):
+        raise UnsupportedModel(f"the program supposes something about sizes; {_ONE_SIZE}")
+    return tuple(size if isinstance(size, int) else None for size in sizes), limits
 
 
 def read(program: ExportedProgram) -> Program:
@@ -116,8 +158,20 @@ def read(program: ExportedProgram) -> Program:
             copies[n] = graph.node_copy(n, copies.__getitem__)
     if not isinstance(example, Tensor):
         raise UnsupportedModel(_ONE_INPUT)
-    shape = tuple(size if isinstance(size, int) else None for size in example.shape)
-    return Program(graph, tensors, shape, example.dtype, lambda x: program.module()(x))
+    shape, limits = open_shape(
+        [size if isinstance(size, int) else str(size) for size in example.shape],
+        {
+            str(name): (_bound(values.lower, -math.inf), _bound(values.upper, math.inf))
+            for name, values in program.range_constraints.items()
+        },
+        getattr(program, "_guards_code", None) or [],  # since torch 2.9
+    )
+    return Program(graph, tensors, shape, example.dtype, lambda x: program.module()(x), limits)
+
+
+def _bound(bound: Any, infinite: float) -> float:
+    """A number of sympy's, which torch extends by an infinite one of its own."""
+    return int(bound) if bound.is_Integer else infinite
 
 
 _ONE_INPUT = "expected a program with one tensor as input and one as result"

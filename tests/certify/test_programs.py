@@ -350,7 +350,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
         return json.dumps(_replaced(json.loads(content), "expr_str", command)).encode()
 
     for change in (armed, sized):
-        with suppress(CheckpointError):
+        with suppress(CheckpointError, UnsupportedModel):
             load_network(rewritten(path, str(tmp_path / "trap.pt2"), change))
         assert not (tmp_path / "executed").exists()
 
@@ -476,3 +476,52 @@ def test_a_missing_or_damaged_file_is_one_line(tmp_path: Path) -> None:
         result = run("bound", "--model", str(path))
         assert result.exit_code == 2
         assert len(result.output.strip().splitlines()) == 1
+
+
+class Branching(nn.Module):
+    """Another function for small batches."""
+
+    def __init__(self, few: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.few = few
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 100.0 * x if self.few(x.shape[0]) else 1.0 * x
+
+
+@pytest.mark.parametrize("of_a_file", [False, True])
+@pytest.mark.parametrize("batch", [2, 8])
+def test_programs_for_some_batches_only_are_refused(
+    batch: int, of_a_file: bool, tmp_path: Path
+) -> None:
+    program = torch.export.export(
+        Branching(lambda size: size < 4), (torch.rand(batch, 4),), strict=False,
+        dynamic_shapes=({0: Dim.DYNAMIC},),
+    )  # fmt: skip
+    path = saved(program, tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"takes batches of \d .* without limits"):
+        module_of(read_program(path) if of_a_file else program)
+
+
+@pytest.mark.parametrize("of_a_file", [False, True])
+def test_programs_that_suppose_something_of_sizes_are_refused(
+    of_a_file: bool, tmp_path: Path
+) -> None:
+    program = export(Branching(lambda size: size == 6), (4,))
+    if not getattr(program, "_guards_code", None):
+        pytest.skip("this version of torch does not note it")
+    path = saved(program, tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"supposes something about sizes"):
+        module_of(read_program(path) if of_a_file else program)
+
+
+def test_sizes_are_within_the_programs_limits(tmp_path: Path) -> None:
+    program = torch.export.export(
+        nn.Flatten(), (torch.rand(2, 1, 5, 5),), strict=False,
+        dynamic_shapes=({0: Dim("n"), 2: Dim("h", min=4, max=9)},),
+    )  # fmt: skip
+    for known in (read(program), read_program(saved(program, tmp_path))):
+        assert known.input_shape((1, 4, 5)) == (1, 4, 5)
+        for height in (3, 10):
+            with pytest.raises(ValueError, match=f"4 to 9 along axis 2, not {height}"):
+                known.input_shape((1, height, 5))
