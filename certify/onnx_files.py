@@ -28,11 +28,16 @@ aten = torch.ops.aten
 _BATCH = 5
 """Of the example, where a graph takes any."""
 
+_OTHER_BATCHES = (1, 2, 7)
+"""On which it must compute the same."""
+
 _REALS = {1: torch.float32, 10: torch.float16, 11: torch.float64}
 _MOVES = {
     "Constant", "Identity", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Slice",
     "Gather", "Concat", "ConstantOfShape",
 }  # fmt: skip
+_MOVES_OF_SIZES = _MOVES - {"Constant", "ConstantOfShape"} | {"Cast"}
+
 _BROADCAST = {"Add", "Sub", "Mul", "Div", "PRelu", "Gemm"}
 
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Cast", "Neg", "Range", "ReduceProd"}
@@ -88,7 +93,8 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Pro
         (found,) = ReferenceEvaluator(model).run(None, {reader.input: x.cpu().numpy()})
         return torch.from_numpy(np.asarray(found)).to(x.device)
 
-    return Program(reader.graph, reader.tensors, shape, dtype, reference)
+    others = _OTHER_BATCHES if reader.any_batch else ()
+    return Program(reader.graph, reader.tensors, shape, dtype, reference, batches=others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +103,29 @@ class _Value:
 
     node: fx.Node
     value: Any
+
+
+@dataclass(frozen=True, eq=False)
+class _Sizes:
+    """Whole numbers, and which of them are the size of the batch: 1 where they are, else 0."""
+
+    numbers: Any
+    batch: Any
+
+
+def _sizes(numbers: Any, batch: Any) -> Any:
+    return _Sizes(numbers, batch) if np.any(batch) else numbers
+
+
+def _any_sizes(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, _Sizes) for value in values)
+
+
+def _plain(value: Any) -> Any:
+    """A constant; its value on the example says nothing if it is the size of the batch."""
+    if isinstance(value, _Sizes):
+        raise UnsupportedModel("it computes with the number of inputs in a batch")
+    return value
 
 
 class _Reader:
@@ -119,6 +148,7 @@ class _Reader:
         dtype = _REALS.get(kind.elem_type)
         if dtype is None or not sizes:
             raise UnsupportedModel("expected a network that takes a batch of real numbers")
+        self.any_batch = sizes[0] is None
         self.shape = (sizes[0] or _BATCH, *_filled(sizes, input_shape))
         self.example = torch.zeros(self.shape, dtype=dtype)
         self._known[self.input] = _Value(self.graph.placeholder("x"), self.example)
@@ -133,7 +163,9 @@ class _Reader:
             raise UnsupportedModel(f"node {node.name!r}: {node.domain}.{kind}")
         inputs = [self._known[name] if name else None for name in node.input]
         if kind == "Shape" and isinstance(inputs[0], _Value) and not node.attribute:
-            results: Any = np.array(inputs[0].value.shape, dtype=np.int64)
+            numbers = np.array(inputs[0].value.shape, dtype=np.int64)
+            # A rule sees to it that only the first size of a tensor depends on the batch.
+            results: Any = _sizes(numbers, (np.arange(len(numbers)) == 0).astype(np.int64))
         elif not any(isinstance(value, _Value) for value in inputs):
             results = self._constant(node, inputs)
         elif kind in _OPERATIONS:
@@ -154,6 +186,8 @@ class _Reader:
         """What does not depend on the input: entries that are moved, and arithmetic of sizes."""
         from onnx.reference import ReferenceEvaluator
 
+        if _any_sizes(inputs):
+            return self._moved(node, inputs)
         feeds = {name: value for name, value in zip(node.input, inputs, strict=True) if name}
         whole = all(np.asarray(value).dtype.kind in "iub" for value in feeds.values())
         if node.op_type not in _MOVES and not (whole and node.op_type in _ARITHMETIC):
@@ -164,6 +198,21 @@ class _Reader:
         found: Any = ReferenceEvaluator(node, opsets=self._versions).run(None, feeds)
         return found if len(found) > 1 else found[0]
 
+    def _moved(self, node: Any, inputs: list[Any]) -> Any:
+        """Sizes that are moved, and where that of the batch goes; nothing is computed with it."""
+        others = [] if node.op_type == "Concat" else inputs[1:]
+        whole = node.op_type != "Cast" or node.attribute[0].i == 7  # to int64
+        if node.op_type not in _MOVES_OF_SIZES or not whole or _any_sizes(others):
+            raise UnsupportedModel(
+                f"node {node.name!r}: {node.op_type} computes with the number of inputs in a batch"
+            )
+        moved = inputs[: len(inputs) - len(others)]
+        numbers = [value.numbers if isinstance(value, _Sizes) else value for value in moved]
+        batch = [value.batch if isinstance(value, _Sizes) else value * 0 for value in moved]
+        return _sizes(
+            *(self._constant(node, [*values, *others]) for values in (numbers, batch)),
+        )
+
     def constant(self, value: Any) -> _Value:
         """A constant as a tensor that is stored."""
         tensor = torch.from_numpy(np.array(value))
@@ -173,8 +222,11 @@ class _Reader:
 
     def tensor(self, name: str) -> _Value:
         """A tensor by its name."""
-        value = self._known[name]
-        return value if isinstance(value, _Value) else self.constant(value)
+        return self.stored(self._known[name])
+
+    def stored(self, value: Any) -> _Value:
+        """A value as a tensor."""
+        return value if isinstance(value, _Value) else self.constant(_plain(value))
 
     def call(self, operation: Any, *args: Any) -> _Value:
         """Write an operation, and run it on the example."""
@@ -239,7 +291,7 @@ class _Call:
         value = self.inputs[index]
         if value is None:
             raise UnsupportedModel(f"input {index} is missing")
-        return value if isinstance(value, _Value) else self._reader.constant(value)
+        return self._reader.stored(value)
 
     def tensors(self) -> list[_Value]:
         """All inputs as tensors."""
@@ -250,7 +302,15 @@ class _Call:
         value = self.inputs[index] if index < len(self.inputs) else None
         if isinstance(value, _Value):
             raise UnsupportedModel(f"input {index} depends on the network's input")
-        return value
+        return _plain(value)
+
+    def sizes(self, index: int) -> list[int]:
+        """An input that is the sizes of a result, the first of which may be the batch's."""
+        value = self.inputs[index]
+        if isinstance(value, _Sizes) and not value.batch[1:].any():
+            value = value.numbers
+        found: list[int] = np.asarray(_plain(value)).tolist()
+        return found
 
     def option(self, name: str, default: Any = None, index: int | None = None) -> Any:
         """An attribute, or the input that stands for it in newer versions of ONNX."""
@@ -412,7 +472,7 @@ def _flatten(r: _Reader, c: _Call) -> _Value:
 
 
 def _reshape(r: _Reader, c: _Call) -> _Value:
-    sizes = c.option("shape", index=1)
+    sizes = c.sizes(1)
     if not c.option("allowzero", 0):
         sizes = [s or c.x.value.shape[axis] for axis, s in enumerate(sizes)]
     return r.call(aten.reshape.default, c.x, sizes)

@@ -46,6 +46,7 @@ class Program:
         dtype: of the input.
         reference: what else computes the program on a batch, to be compared with it.
         limits: by axis, the smallest and the largest size that one that may vary may have.
+        batches: other sizes of a batch that the reference takes, where it takes any.
     """
 
     graph: fx.Graph
@@ -54,6 +55,7 @@ class Program:
     dtype: torch.dtype
     reference: Callable[[Tensor], Tensor] | None = None
     limits: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    batches: tuple[int, ...] = ()
 
     def input_shape(self, given: Sequence[int] | None = None) -> tuple[int, ...]:
         """Shape of one input, without the batch.
@@ -247,9 +249,16 @@ def module_of(
             {name: _doubled(t) for name, t in {**program.tensors, **conversion.made}.items()},
             conversion.graph,
         )
+        run = program.reference
+        others = [
+            (_try(module, part), _try(run, part))
+            for part in (_cycled(example.flip(0), size) for size in program.batches)
+            if run is not None
+        ]
         for found, wanted in (
             (_try(module, example), expected),
             (_try(doubled, exact), _try(_Interpreter(program, torch.float64).in_parts, exact)),
+            *others,
         ):
             if found is None or wanted is None or not agree(found, wanted):
                 fixed = program.shape[0] is not None
@@ -257,7 +266,6 @@ def module_of(
                     "the program does not compute for a batch what it does for each input"
                     + (f": {_DYNAMIC}" if fixed else "")
                 )
-        run = program.reference
         if run is not None:
             other = _run(lambda x: _in_parts(run, x, program.shape[0]), example)
             if not agree(expected, other):
@@ -269,7 +277,10 @@ def _whole(example: Tensor, batch: int | None) -> Tensor:
     """Repeat samples, so that they come in batches of the only size that a program takes."""
     if batch is None:
         return example
-    count = -(-len(example) // max(1, batch)) * batch
+    return _cycled(example, -(-len(example) // max(1, batch)) * batch)
+
+
+def _cycled(example: Tensor, count: int) -> Tensor:
     return example[torch.arange(count, device=example.device) % len(example)]
 
 

@@ -203,3 +203,97 @@ def test_command_line(tmp_path: Path) -> None:
     images = ["--dataset", "mnist-5k", "--limit", "20"]
     result = CliRunner().invoke(main, ["eval", "--model", path, *images])
     assert result.exit_code == 0, result.output
+
+
+def test_the_size_of_a_batch_is_no_number(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    make = onnx.helper.make_node
+    size = [make("Shape", ["x"], ["s"]), make("Gather", ["s", "zero"], ["n"])]
+    zero, minus, three = torch.tensor([0]), torch.tensor([-1]), torch.tensor([3])
+    graphs = {
+        "scaled": [
+            *size,
+            make("Cast", ["n"], ["r"], to=1),
+            make("Mul", ["x", "r"], ["y"]),
+        ],
+        "divided": [
+            *size,
+            make("Div", ["n", "three"], ["m"]),
+            make("Concat", ["m", "minus"], ["t"], axis=0),
+            make("Reshape", ["x", "t"], ["y"]),
+        ],
+        "last": [
+            *size,
+            make("Concat", ["minus", "n"], ["t"], axis=0),
+            make("Reshape", ["x", "t"], ["y"]),
+        ],
+        "index": [*size, make("Slice", ["x", "zero", "n", "three"], ["y"])],
+        "added": [*size, make("Add", ["x", "n"], ["y"])],
+        "filled": [*size, make("ConstantOfShape", ["n"], ["c"]), make("Add", ["x", "c"], ["y"])],
+        "itself": [make("Shape", ["x"], ["s"]), make("Gather", ["s", "s"], ["y"])],
+        "result": [make("Shape", ["x"], ["y"])],
+    }
+    for nodes in graphs.values():
+        path = str(tmp_path / "net.onnx")
+        onnx.save(graph_of(*nodes, sizes=("n", 5), zero=zero, minus=minus, three=three), path)
+        with pytest.raises(UnsupportedModel, match="with the number of inputs in a batch"):
+            load_network(path)
+
+
+def test_the_size_of_a_batch_is_a_first_size(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    make = onnx.helper.make_node
+    model = graph_of(
+        make("Shape", ["x"], ["s"]),
+        make("Gather", ["s", "zero"], ["n"]),
+        make("Cast", ["n"], ["i"], to=7),
+        make("Unsqueeze", ["i", "first"], ["u"]),
+        make("Concat", ["u", "rest"], ["t"], axis=0),
+        make("Reshape", ["x", "t"], ["y"]),
+        sizes=("n", 2, 3),
+        zero=torch.tensor(0),
+        first=torch.tensor([0]),
+        rest=torch.tensor([-1]),
+    )
+    path = str(tmp_path / "net.onnx")
+    onnx.save(model, path)
+    network = load_network(path)
+    assert CertifiedModel(network.model, (2, 3)).lipschitz() == pytest.approx(1.0)
+    assert network.model(torch.rand(3, 2, 3)).shape == (3, 6)
+
+
+@pytest.mark.parametrize("sizes", [(5, 4), (20,)])
+def test_a_batch_of_any_size_is_compared_at_several(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = graph_of(
+        onnx.helper.make_node("Reshape", ["x", "s"], ["a"]),
+        onnx.helper.make_node("Reshape", ["a", "t"], ["y"]),
+        s=torch.tensor(sizes),
+        t=torch.tensor([5, 4]),
+    )
+    path = str(tmp_path / "net.onnx")
+    onnx.save(model, path)
+    with pytest.raises(UnsupportedModel, match="for a batch what it does for each"):
+        load_network(path)
+
+
+def test_sizes_of_moved_axes_are_refused(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    make = onnx.helper.make_node
+    model = graph_of(
+        make("Transpose", ["x"], ["a"]),  # without another use
+        make("Shape", ["a"], ["s"]),
+        make("Gather", ["s", "one"], ["n"]),
+        make("Div", ["n", "eight"], ["m"]),  # none in the examples
+        make("Add", ["m", "four"], ["c"]),
+        make("Concat", ["minus", "c"], ["t"], axis=0),
+        make("Reshape", ["x", "t"], ["y"]),
+        one=torch.tensor([1]),
+        eight=torch.tensor([8]),
+        four=torch.tensor([4]),
+        minus=torch.tensor([-1]),
+    )
+    path = str(tmp_path / "net.onnx")
+    onnx.save(model, path)
+    with pytest.raises(UnsupportedModel, match="moving the batch axis"):
+        CertifiedModel(load_network(path).model, (4,))
