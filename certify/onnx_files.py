@@ -77,6 +77,8 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Pro
     except Exception as error:  # of protobuf, and of the checker
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} is not an ONNX file, or it is damaged: {reason}") from error
+    if model.functions:  # they can replace any operation
+        raise UnsupportedModel("the file has functions of its own; inline them when you export")
     reader = _Reader(model, input_shape)
     try:
         for node in model.graph.node:

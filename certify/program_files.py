@@ -26,7 +26,14 @@ import torch
 from torch import Tensor, fx
 
 from certify.checkpoints import CheckpointError, check_archive
-from certify.programs import Names, Program, open_shape, refuse_signature
+from certify.programs import (
+    KINDS,
+    Names,
+    Program,
+    open_shape,
+    place_of,
+    refuse_signature,
+)
 from certify.signal import UnsupportedModel
 
 _DTYPES = {
@@ -100,10 +107,11 @@ class _Archive:
         """The graph with all that belongs to it, as JSON."""
         return json.loads(self._archive.read(self._graph))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        found: dict[str, Tensor] = {}
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors by name, those of the two places that they can be in."""
+        tensors = {}
         for kind, old in (("weights", "state_dict"), ("constants", "constants")):
+            found: dict[str, Any] = {}
             whole = f"serialized_{old}.pt" if self._old else f"data/{kind}/model.pt"
             if whole in self:
                 found.update(self._pickled(whole) or {})
@@ -111,7 +119,8 @@ class _Archive:
                 entries = json.loads(self._read(f"data/{kind}/model_{kind}_config.json"))
                 for name, entry in entries["config"].items():
                     found[name] = self._tensor(f"data/{kind}/{entry['path_name']}", entry)
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+            tensors[kind] = {n: value for n, value in found.items() if isinstance(value, Tensor)}
+        return tensors
 
     def _pickled(self, name: str) -> Any:
         content = self._read(name)
@@ -168,22 +177,29 @@ def _program(archive: _Archive) -> Program:
         sum(kind == "user_input" for kind, _ in inputs),
         [kind == "user_output" for kind, _ in outputs],
     )
-    stored = archive.tensors()
+    given = [spec["arg"].get("as_tensor", spec["arg"])["name"] for _, spec in inputs]
+    if (
+        given != [each["as_tensor"]["name"] for each in graph["inputs"]]
+        or [spec["arg"] for _, spec in outputs] != graph["outputs"]
+    ):
+        raise ValueError("the graph has other inputs or results than its signature says")
+    stored, places = archive.tensors(), dict[str, tuple[str, str]]()
     reader, names, tensors = _Reader(), Names(), {}
     for kind, spec in inputs:
         if kind == "user_input":
-            given = spec["arg"]["as_tensor"]["name"]
-            reader.nodes[given] = reader.graph.placeholder("x")
+            entered = spec["arg"]["as_tensor"]["name"]
+            reader.name(entered, reader.graph.placeholder("x"))
             continue
-        target = spec.get(
-            {"parameter": "parameter_name", "buffer": "buffer_name"}.get(
-                kind, "tensor_constant_name"
-            )
-        )
-        if target in stored:  # what is not, may be without use
+        if kind not in KINDS:
+            raise UnsupportedModel(f"the program has an input of another kind: {kind}")
+        target = spec[f"{kind}_name"]
+        place = place_of(kind, spec.get("persistent"))
+        if places.setdefault(target, (kind, place)) != (kind, place):
+            raise ValueError(f"{target!r} is of two kinds")
+        if target in stored[place]:  # what is not, may be without use
             name = names.attribute(target)
-            tensors[name] = stored[target]
-            reader.nodes[spec["arg"]["name"]] = reader.graph.get_attr(name)
+            tensors[name] = stored[place][target]
+            reader.name(spec["arg"]["name"], reader.graph.get_attr(name))
     for node in graph["nodes"]:
         reader.add(node)
     reader.graph.output(reader.nodes[outputs[0][1]["arg"]["as_tensor"]["name"]])
@@ -191,7 +207,7 @@ def _program(archive: _Archive) -> Program:
         if n.op == "get_attr" and not n.users:
             del tensors[str(n.target)]
             reader.graph.erase_node(n)
-    meta = graph["tensor_values"][given]
+    meta = graph["tensor_values"][entered]
     shape, limits = open_shape(
         [_number(size) if "as_int" in size else _symbol(size) for size in meta["sizes"]],
         {
@@ -211,6 +227,12 @@ class _Reader:
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self.nodes: dict[str, fx.Node] = {}
+
+    def name(self, name: str, node: fx.Node) -> None:
+        """Give a node its name in the file."""
+        if name in self.nodes:
+            raise ValueError(f"two results {name!r}")
+        self.nodes[name] = node
 
     def add(self, node: Any) -> None:
         """Add a node, and one for each of its results where there are several."""
@@ -233,12 +255,12 @@ class _Reader:
             results = outputs
         else:
             for output in outputs:
-                self.nodes[_name(output)] = made
+                self.name(_name(output), made)
             return
         for index, output in enumerate(results):
             if "as_none" not in output:
                 part = self.graph.call_function(operator.getitem, (made, index))
-                self.nodes[_name(output)] = part
+                self.name(_name(output), part)
 
     def _target(self, name: str) -> Any:
         """An operation by its name; only torch's core and arithmetic of sizes are looked up."""

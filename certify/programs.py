@@ -135,7 +135,14 @@ def read(program: ExportedProgram) -> Program:
         for spec in signature.input_specs
         if isinstance(spec.arg, TensorArgument)
     }
-    stored = {**program.constants, **program.state_dict}
+    listed = [(spec.arg.name, spec.kind) for spec in signature.input_specs]
+    results = [spec.arg.name for spec in signature.output_specs]
+    nodes = list(program.graph.nodes)
+    found = [n.name for n in nodes if n.op == "placeholder"]
+    returned = [getattr(n, "name", None) for n in nodes[-1].args[0]]
+    if [name for name, _ in listed] != found or results != returned:
+        raise UnsupportedModel("the graph has other inputs or results than its signature says")
+    stored = {"weights": program.state_dict, "constants": program.constants}
     copies: dict[fx.Node, fx.Node] = {}
     example: Any = None
     for n in program.graph.nodes:
@@ -145,15 +152,15 @@ def read(program: ExportedProgram) -> Program:
                 copies[n] = graph.placeholder("x")
                 example = n.meta["val"]
             elif n.users:
-                value = stored.get(str(spec.target))
+                place = place_of(spec.kind.name.lower(), spec.persistent)
+                value = stored[place].get(str(spec.target))
                 if not isinstance(value, Tensor):
                     raise UnsupportedModel(f"{spec.target!r} of the program is not a tensor")
                 name = names.attribute(str(spec.target))
                 tensors[name] = value.detach().clone()
                 copies[n] = graph.get_attr(name)
         elif n.op == "output":
-            results: Any = n.args[0]
-            graph.output(copies[results[0]])
+            graph.output(copies[n.args[0][0]])
         elif n.op == "get_attr":
             raise UnsupportedModel(f"node {n.name!r}: a part of the program with a mode of its own")
         else:
@@ -174,6 +181,16 @@ def read(program: ExportedProgram) -> Program:
 def _bound(bound: Any, infinite: float) -> float:
     """A number of sympy's, which torch extends by an infinite one of its own."""
     return int(bound) if bound.is_Integer else infinite
+
+
+KINDS = ("parameter", "buffer", "tensor_constant")
+"""Of tensors that a program brings."""
+
+
+def place_of(kind: str, persistent: bool | None) -> str:
+    """Where torch keeps a tensor of a program: a name may be in both places."""
+    weight = kind == "parameter" or (kind == "buffer" and persistent)
+    return "weights" if weight else "constants"
 
 
 _ONE_INPUT = "expected a program with one tensor as input and one as result"
@@ -306,6 +323,10 @@ def _run(run: Any, x: Tensor) -> Tensor:
 
 def _try(run: Any, x: Tensor) -> Tensor | None:
     """Run on a copy; ``None`` where that fails."""
+    if isinstance(run, fx.GraphModule):  # which would print where in its code
+        interpreter = fx.Interpreter(run)
+        interpreter.extra_traceback = False
+        run = interpreter.run
     try:
         result = run(x.clone())
     except Exception:  # of any of torch's operations

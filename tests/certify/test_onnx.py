@@ -297,3 +297,15 @@ def test_sizes_of_moved_axes_are_refused(tmp_path: Path) -> None:
     onnx.save(model, path)
     with pytest.raises(UnsupportedModel, match="moving the batch axis"):
         CertifiedModel(load_network(path).model, (4,))
+
+
+def test_functions_of_a_file_are_refused(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    make, opset = onnx.helper.make_node, onnx.helper.make_opsetid("", 13)
+    model = graph_of(make("Relu", ["x"], ["y"]))
+    body = [make("Abs", ["a"], ["b"]), make("Add", ["a", "b"], ["c"])]
+    model.functions.append(onnx.helper.make_function("", "Relu", ["a"], ["c"], body, [opset]))
+    path = str(tmp_path / "net.onnx")
+    onnx.save(model, path)
+    with pytest.raises(UnsupportedModel, match="functions of its own"):
+        load_network(path)

@@ -525,3 +525,126 @@ def test_sizes_are_within_the_programs_limits(tmp_path: Path) -> None:
         for height in (3, 10):
             with pytest.raises(ValueError, match=f"4 to 9 along axis 2, not {height}"):
                 known.input_shape((1, height, 5))
+
+
+def entries(path: str) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("other", [str, str.upper])
+def test_two_entries_of_one_name_are_refused(other: Callable[[str], str], tmp_path: Path) -> None:
+    path = saved(export(nn.Linear(4, 2), (4,)), tmp_path)
+    name, content = list(entries(path).items())[-1]
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(other(name), content)
+    with pytest.raises(CheckpointError, match="two entries of one name"):
+        load_network(path)
+
+
+class Stored(nn.Module):
+    """Tensors of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.register_buffer("kept", torch.tensor([3.0, 4.0]))
+        self.register_buffer("left", torch.tensor([5.0, 6.0]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight * self.kept * self.left * torch.tensor([7.0, 8.0])
+
+
+@pytest.mark.parametrize("name", ["weight", "kept", "left"])
+def test_tensors_of_each_kind_have_their_place(name: str) -> None:
+    model = Stored()
+    program, x = export(model, (2,)), torch.rand(3, 2)
+    other = program.state_dict if name == "left" else program.constants
+    other[name] = torch.tensor([100.0, 100.0])
+    torch.testing.assert_close(module_of(program)(x), model(x))
+
+
+def test_tensors_of_a_file_have_their_place(tmp_path: Path) -> None:
+    model, x = Stored(), torch.rand(3, 2)
+    path = saved(export(model, (2,)), tmp_path)
+    if not any(name.endswith("model_weights_config.json") for name in entries(path)):
+        pytest.skip("this version of torch pickles them")
+    configs = {
+        place: json.loads(content)
+        for name, content in entries(path).items()
+        for place in ("weights", "constants")
+        if name.endswith(f"model_{place}_config.json")
+    }
+
+    def both(name: str, content: bytes) -> bytes:
+        if not name.endswith("model_constants_config.json"):
+            return content
+        config = json.loads(content)
+        (left, *_) = config["config"].values()
+        config["config"]["weight"] = {**configs["weights"]["config"]["weight"], **left}
+        return json.dumps(config).encode()
+
+    path = rewritten(path, str(tmp_path / "both.pt2"), both)
+    torch.testing.assert_close(load_network(path).model(x), model(x))
+
+
+def changed(graph: Any) -> dict[str, Callable[[], object]]:
+    """Ways to change the graph of a file, so that its signature says something else."""
+    inner = graph["graph_module"]["graph"]
+    signature = graph["graph_module"]["signature"]
+    first = inner["nodes"][0]["outputs"][0]
+    (kind,) = signature["output_specs"][0]
+    return {
+        "result": lambda: signature["output_specs"][0][kind].update(arg=first),
+        "output": lambda: inner["outputs"].__setitem__(0, first),
+        "inputs": lambda: inner["inputs"].reverse(),
+        "order": lambda: signature["input_specs"].reverse(),
+        "name": lambda: inner["nodes"][1].update(outputs=[first]),
+    }
+
+
+@pytest.mark.parametrize("way", ["result", "output", "inputs", "order", "name"])
+def test_the_signature_is_that_of_the_graph(way: str, tmp_path: Path) -> None:
+    path = saved(export(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (4,)), tmp_path)
+
+    def altered(name: str, content: bytes) -> bytes:
+        if not name.endswith(("models/model.json", "program.json")):
+            return content
+        graph = json.loads(content)
+        changed(graph)[way]()
+        return json.dumps(graph).encode()
+
+    with pytest.raises(CheckpointError, match="than its signature says|two results"):
+        load_network(rewritten(path, str(tmp_path / "altered.pt2"), altered))
+
+
+def test_a_programs_signature_is_that_of_its_graph() -> None:
+    program = export(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (4,))
+    (spec,) = program.graph_signature.output_specs
+    spec.arg.name = "linear"
+    with pytest.raises(UnsupportedModel, match="than its signature says"):
+        module_of(program)
+
+
+def test_random_constants_are_refused() -> None:
+    class Random(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rarely", torch.full((4,), 1e-7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (1 + 1000 * torch.bernoulli(self.rarely))
+
+    with pytest.raises(UnsupportedModel, match=r"node 'bernoulli': aten.bernoulli.* is random"):
+        module_of(export(Random(), (4,)))
+
+
+def test_a_refused_program_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(4, 2).sum(1, keepdim=True).expand(4, 2).reshape(2, 4)
+
+    with pytest.raises(UnsupportedModel, match="for a batch what it does for each"):
+        module_of(export(Mixed(), (4,), batch=2))
+    assert capfd.readouterr().err == ""
