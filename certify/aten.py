@@ -84,7 +84,7 @@ def converted(graph: fx.Graph, values: Mapping[fx.Node, Any], batch: int | None)
 
     Args:
         graph: with one placeholder, the input, and one tensor as output.
-        values: of its nodes on an example, for their types and shapes.
+        values: of its nodes on an example: their types and shapes are all that counts.
         batch: the size of the batch that it was made for; ``None`` where it takes any.
 
     Raises:
@@ -179,7 +179,7 @@ class Conversion:
                 f"node {n.name!r}: {target} makes a tensor whose size depends on the batch"
             )
         attribute = f"made_{len(self.made)}"
-        self.made[attribute] = self._values[n]
+        self.made[attribute] = target(*n.args, **n.kwargs)
         return self.graph.get_attr(attribute)
 
     def put_maxmin(self) -> None:

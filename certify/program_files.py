@@ -46,7 +46,8 @@ _FORMATS = {
 }  # fmt: skip
 _STRIDED = 7
 _SCHEMA = 8
-_LARGEST_INPUT = 2**26
+_ROOM = 2**28
+"""Bytes that tensors of which entries are stored once for several may take."""
 
 
 def is_program(path: str | Path) -> bool:
@@ -94,6 +95,7 @@ class _Archive:
         self._old = self._graph == self._folder
         if self._old:
             self._folder = ""
+        self._room = _ROOM + 4 * sum(entry.file_size for entry in archive.infolist())
         if "byteorder" in self and self._read("byteorder").decode() != sys.byteorder:
             raise ValueError("it is from a machine with another order of bytes")
 
@@ -114,19 +116,35 @@ class _Archive:
             found: dict[str, Any] = {}
             whole = f"serialized_{old}.pt" if self._old else f"data/{kind}/model.pt"
             if whole in self:
-                found.update(self._pickled(whole) or {})
+                found.update(self._pickled(whole))
             else:
                 entries = json.loads(self._read(f"data/{kind}/model_{kind}_config.json"))
                 for name, entry in entries["config"].items():
                     found[name] = self._tensor(f"data/{kind}/{entry['path_name']}", entry)
-            tensors[kind] = {n: value for n, value in found.items() if isinstance(value, Tensor)}
+            tensors[kind] = {
+                name: self._own(name, value)
+                for name, value in found.items()
+                if isinstance(value, Tensor)
+            }
         return tensors
 
     def _pickled(self, name: str) -> Any:
         content = self._read(name)
         if not content:
-            return None
+            return {}
+        if not zipfile.is_zipfile(io.BytesIO(content)):
+            raise ValueError(f"{name} is not an archive")
+        check_archive(io.BytesIO(content))
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+    def _own(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy; a hostile file could name an entry often, or few entries a large tensor."""
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise ValueError(f"{name} is not a plain tensor")
+        self._room -= math.prod(tensor.shape) * tensor.element_size()
+        if self._room < 0:
+            raise ValueError(f"{name} is not stored entry by entry")
+        return tensor.detach().clone()
 
     def _tensor(self, name: str, entry: Any) -> Any:
         if entry["use_pickle"]:
@@ -139,9 +157,7 @@ class _Archive:
         if not content:
             return torch.zeros(sizes, dtype=dtype) if 0 in sizes else None
         values = torch.frombuffer(bytearray(content), dtype=dtype)
-        if math.prod(sizes) > values.numel():  # a hostile file could ask for all memory
-            raise ValueError(f"{name} is not stored entry by entry")
-        return values.as_strided(sizes, strides, _number(meta["storage_offset"])).clone()
+        return values.as_strided(sizes, strides, _number(meta["storage_offset"]))
 
 
 def _number(size: Mapping[str, Any]) -> int:
@@ -216,8 +232,6 @@ def _program(archive: _Archive) -> Program:
         },
         content.get("guards_code") or [],
     )
-    if not shape or math.prod(size or 1 for size in shape) > _LARGEST_INPUT or 0 in shape:
-        raise ValueError(f"inputs of shape {shape}")
     return Program(reader.graph, tensors, shape, _DTYPES[meta["dtype"]], limits=limits)
 
 

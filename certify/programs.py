@@ -17,16 +17,24 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.utils import _pytree as pytree
 
 from certify.aten import converted, is_about_types, refuse_unknown
 from certify.signal import UnsupportedModel
-from certify.tracing import agree, example_of, without_tf32
+from certify.tracing import BATCH, agree, example_of, without_tf32
 
 _DYNAMIC = (
     "export it with a batch of any size: torch.export.export(model, (x,), "
     "dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))"
 )
 
+
+LARGEST_INPUT = 2**26
+_LARGEST = 2**29
+"""Entries of an example, and of all that a program computes and keeps at a time on examples.
+
+A hostile file shall not ask for all memory.
+"""
 
 _ONE_SIZE = (
     "export it with a batch of any size, without limits, and all other sizes fixed: "
@@ -89,6 +97,16 @@ class Program:
         return tuple(given)
 
 
+def refuse_size(shape: Sequence[int]) -> None:
+    """Refuse inputs without entries, or with far too many.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if min(shape) < 1 or math.prod(shape) > LARGEST_INPUT:
+        raise ValueError(f"the program takes inputs of shape {tuple(shape)}")
+
+
 def open_shape(
     sizes: Sequence[int | str], ranges: Mapping[str, tuple[float, float]], guards: Sequence[str]
 ) -> tuple[tuple[int | None, ...], dict[int, tuple[float, float]]]:
@@ -103,6 +121,8 @@ def open_shape(
         UnsupportedModel: it may compute something else than its model for some batches. The graph
             is one of several, for instance for batches of at least 4, but would run on others.
     """
+    if not sizes:
+        raise UnsupportedModel("the program takes a single number, not a batch")
     names = {axis: size for axis, size in enumerate(sizes) if isinstance(size, str)}
     limits = {axis: ranges[name] for axis, name in names.items() if name in ranges}
     low, high = limits.get(0, (0, math.inf))
@@ -254,12 +274,15 @@ def module_of(
     if not program.dtype.is_floating_point:
         raise UnsupportedModel(f"the program takes inputs of {program.dtype}")
     refuse_unknown(program.graph)
+    batch = program.shape[0]
+    refuse_size((BATCH if batch is None else batch, *shape))
     device = next((t.device for t in program.tensors.values()), torch.device("cpu"))
-    example = _whole(example_of(shape).to(device, program.dtype), program.shape[0])
+    example = _whole(example_of(shape).to(device, program.dtype), batch)
     with torch.no_grad(), without_tf32():
-        noted = _Interpreter(program)
-        expected = _run(noted.in_parts, example)
-        conversion = converted(program.graph, noted.values, program.shape[0])
+        shapes = _Shapes(program)
+        _run(shapes.run, example[:batch].to("meta"))
+        expected = _run(_Interpreter(program).in_parts, example)
+        conversion = converted(program.graph, shapes.values, batch)
         module = _module({**program.tensors, **conversion.made}, conversion.graph)
         exact = example.to(torch.float64)
         doubled = _module(
@@ -278,13 +301,12 @@ def module_of(
             *others,
         ):
             if found is None or wanted is None or not agree(found, wanted):
-                fixed = program.shape[0] is not None
                 raise UnsupportedModel(
                     "the program does not compute for a batch what it does for each input"
-                    + (f": {_DYNAMIC}" if fixed else "")
+                    + ("" if batch is None else f": {_DYNAMIC}")
                 )
         if run is not None:
-            other = _run(lambda x: _in_parts(run, x, program.shape[0]), example)
+            other = _run(lambda x: _in_parts(run, x, batch), example)
             if not agree(expected, other):
                 raise UnsupportedModel("what was read of the program computes something else")
     return module
@@ -311,6 +333,8 @@ def _in_parts(run: Any, x: Tensor, batch: int | None) -> Any:
 def _run(run: Any, x: Tensor) -> Tensor:
     try:
         result = run(x)
+    except UnsupportedModel:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
@@ -349,8 +373,47 @@ def _doubled(value: Tensor | nn.Module) -> Tensor | nn.Module:
     return value.double() if isinstance(value, nn.Module) or value.is_floating_point() else value
 
 
+class _Shapes(fx.Interpreter):
+    """Runs a program without values, and notes the types and shapes of its nodes."""
+
+    def __init__(self, program: Program) -> None:
+        holder = nn.Module()
+        for name, tensor in program.tensors.items():
+            holder.register_buffer(name, tensor.to("meta"))
+        super().__init__(holder, graph=program.graph)
+        self.extra_traceback = False
+        self.values: dict[fx.Node, Any] = {}
+        self._made = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Note the value; refuse to keep too many of them."""
+        self.values[n] = result = super().run_node(n)
+        computed = [value for m, value in self.env.items() if m.op == "call_function"]
+        if n.op == "call_function" and not n.all_input_nodes:
+            self._made += _entries(result)  # and is kept
+        if self._made + _entries([*computed, result]) > _LARGEST:
+            raise UnsupportedModel(
+                f"node {n.name!r}: {n.target} of a program that takes too much memory"
+            )
+        return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation where there are no values."""
+        meta = torch.device("meta")
+        args = tuple(meta if isinstance(each, torch.device) else each for each in args)
+        schema = target._schema.arguments if isinstance(target, torch._ops.OpOverload) else ()
+        if any(each.name == "device" and each.kwarg_only for each in schema):
+            kwargs = {**kwargs, "device": meta}
+        return super().call_function(target, args, kwargs)
+
+
+def _entries(values: Any) -> int:
+    tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
 class _Interpreter(fx.Interpreter):
-    """Runs a program's own operations and notes the values of its nodes.
+    """Runs a program's own operations.
 
     Args:
         program: whose tensors are copied, as they could be written to.
@@ -365,18 +428,12 @@ class _Interpreter(fx.Interpreter):
             holder.register_buffer(name, tensor.to(dtype if real else None, copy=True))
         super().__init__(holder, graph=program.graph)
         self.extra_traceback = False
-        self.values: dict[fx.Node, Any] = {}
         self._batch = program.shape[0]
         self._converted = dtype is not None
 
     def in_parts(self, x: Tensor) -> Any:
         """Run on the batches that the program takes."""
         return _in_parts(self.run, x, self._batch)
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Note the value."""
-        self.values[n] = result = super().run_node(n)
-        return result
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation."""

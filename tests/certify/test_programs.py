@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -615,7 +616,7 @@ def test_the_signature_is_that_of_the_graph(way: str, tmp_path: Path) -> None:
         changed(graph)[way]()
         return json.dumps(graph).encode()
 
-    with pytest.raises(CheckpointError, match="than its signature says|two results"):
+    with pytest.raises(CheckpointError, match=r"than its signature says|two results"):
         load_network(rewritten(path, str(tmp_path / "altered.pt2"), altered))
 
 
@@ -648,3 +649,81 @@ def test_a_refused_program_prints_nothing(capfd: pytest.CaptureFixture[str]) -> 
     with pytest.raises(UnsupportedModel, match="for a batch what it does for each"):
         module_of(export(Mixed(), (4,), batch=2))
     assert capfd.readouterr().err == ""
+
+
+def bomb(path: str, tmp_path: Path, weights: bytes) -> str:
+    """A file with weights as torch pickles them."""
+    content = entries(path)
+    target = str(tmp_path / "bomb.pt2")
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, entry in content.items():
+            if name.endswith("model_weights_config.json"):
+                archive.writestr(name.replace("model_weights_config.json", "model.pt"), weights)
+            else:
+                old = name.endswith("serialized_state_dict.pt")
+                archive.writestr(name, weights if old else entry)
+    return target
+
+
+def pickled(tensors: dict[str, Tensor]) -> bytes:
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    return file.getvalue()
+
+
+def test_weights_of_few_entries_are_small(tmp_path: Path) -> None:
+    path = saved(export(nn.Linear(4, 2), (4,)), tmp_path)
+    bias = torch.tensor([1.0, 2.0])
+    small = pickled({"weight": torch.tensor([3.0]).expand(2, 4), "bias": bias})
+    found = load_network(bomb(path, tmp_path, small)).model(torch.ones(1, 4))
+    assert torch.equal(found, torch.tensor([[13.0, 14.0]]))
+    large = pickled({"weight": torch.zeros(1).expand(2**30, 4), "bias": bias})
+    with pytest.raises(CheckpointError, match="not stored entry by entry"):
+        load_network(bomb(path, tmp_path, large))
+
+
+def test_expanded_weights_are_read(tmp_path: Path) -> None:
+    class Expanded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([3.0]).expand(2, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.mT
+
+    network = load_network(saved(export(Expanded(), (4,)), tmp_path))
+    assert torch.equal(network.model(torch.ones(1, 4)), torch.tensor([[12.0, 12.0]]))
+
+
+def test_weights_do_not_grow(tmp_path: Path) -> None:
+    path = saved(export(nn.Linear(4, 2), (4,)), tmp_path)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        whole = pickled({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)})
+        with zipfile.ZipFile(io.BytesIO(whole)) as old:
+            for name in old.namelist():
+                archive.writestr(name, old.read(name))
+    for weights in (packed.getvalue(), pickle.dumps({})):
+        with pytest.raises(CheckpointError, match=r"a compressed archive|not an archive"):
+            load_network(bomb(path, tmp_path, weights))
+
+
+def test_programs_that_take_much_memory_are_not_run() -> None:
+    class Large(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.full((2, 4), 1.0).sum(0)
+
+    program = export(Large(), (4,))
+    (made,) = (n for n in program.graph.nodes if n.target is torch.ops.aten.full.default)
+    made.args = ([2**29, 4], 1.0)
+    with pytest.raises(UnsupportedModel, match=r"node 'full': .* too much memory"):
+        module_of(program)
+
+
+def test_large_inputs_are_refused() -> None:
+    program = torch.export.export(
+        nn.ReLU(), (torch.rand(2, 5),), dynamic_shapes=({0: Dim("n"), 1: Dim("k")},), strict=False
+    )
+    assert module_of(program, (6,))(torch.rand(1, 6)).shape == (1, 6)
+    with pytest.raises(ValueError, match="takes inputs of shape"):
+        module_of(program, (2**40,))
