@@ -1,6 +1,6 @@
 """ONNX files as programs.
 
-An ONNX graph is written with ATen operations while these are run on an example, so that what it
+An ONNX graph is written with ATen operations while their results' shapes are found, so that what it
 computes from sizes is known. Then it is treated as a program of ``torch.export``, and compared with
 the reference implementation that the package ``onnx`` has of every operation.
 """
@@ -20,13 +20,16 @@ import torch
 from torch import Tensor, fx
 
 from certify.checkpoints import CheckpointError
-from certify.programs import Names, Program, refuse_signature
+from certify.programs import LARGEST_INPUT, Names, Program, refuse_signature, refuse_size
 from certify.signal import UnsupportedModel
 
 aten = torch.ops.aten
 
 _BATCH = 5
 """Of the example, where a graph takes any."""
+
+_DOMAINS = ("", "ai.onnx")
+_OLDEST = 7  # before it, axes were aligned otherwise, and training was the default
 
 _OTHER_BATCHES = (1, 2, 7)
 """On which it must compute the same."""
@@ -37,8 +40,6 @@ _MOVES = {
     "Gather", "Concat", "ConstantOfShape",
 }  # fmt: skip
 _MOVES_OF_SIZES = _MOVES - {"Constant", "ConstantOfShape"} | {"Cast"}
-
-_BROADCAST = {"Add", "Sub", "Mul", "Div", "PRelu", "Gemm"}
 
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Cast", "Neg", "Range", "ReduceProd"}
 """On whole numbers, as sizes are."""
@@ -65,7 +66,6 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Pro
         raise CheckpointError(f"no ONNX file at {path}")
     try:
         import onnx
-        from onnx.reference import ReferenceEvaluator
     except ImportError as error:
         raise CheckpointError(
             f"reading {path} takes one more package: pip install onnx; or export the PyTorch "
@@ -79,8 +79,12 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Pro
         raise CheckpointError(f"{path} is not an ONNX file, or it is damaged: {reason}") from error
     if model.functions:  # they can replace any operation
         raise UnsupportedModel("the file has functions of its own; inline them when you export")
+    versions = [e.version for e in model.opset_import if e.domain in _DOMAINS]
+    if len(versions) != 1 or versions[0] < _OLDEST:
+        raise UnsupportedModel(f"the file is of opset {versions}; it takes {_OLDEST} or a later")
     reader = _Reader(model, input_shape)
     try:
+        reader.load()
         for node in model.graph.node:
             reader.add(node)
         output = reader.tensor(model.graph.output[0].name)
@@ -92,16 +96,36 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Pro
     shape, dtype = reader.shape, reader.example.dtype
 
     def reference(x: Tensor) -> Tensor:
-        (found,) = ReferenceEvaluator(model).run(None, {reader.input: x.cpu().numpy()})
+        (found,) = _evaluator(model).run(None, {reader.input: x.cpu().numpy()})
         return torch.from_numpy(np.asarray(found)).to(x.device)
 
     others = _OTHER_BATCHES if reader.any_batch else ()
     return Program(reader.graph, reader.tensors, shape, dtype, reference, batches=others)
 
 
+def _evaluator(model: Any) -> Any:
+    """Make the reference implementation.
+
+    Before opset 14, its normalisation goes by the batch, as in training: it is written anew.
+    """
+    from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import OpRun
+
+    class BatchNormalization(OpRun):
+        op_domain = ""
+
+        def _run(self, x: Any, *parameters: Any, epsilon: float, **others: Any) -> tuple[Any]:
+            aligned = (p.reshape(-1, *[1] * (x.ndim - 2)) for p in parameters)
+            scale, offset, mean, variance = aligned
+            result = scale * (x - mean) / np.sqrt(variance + epsilon) + offset
+            return (result.astype(x.dtype),)
+
+    return ReferenceEvaluator(model, new_ops=[BatchNormalization])
+
+
 @dataclass(frozen=True, eq=False)
 class _Value:
-    """A tensor of the network: its node, and its value on the example."""
+    """A tensor of the network: its node, and one of the shape and type that it has."""
 
     node: fx.Node
     value: Any
@@ -123,6 +147,20 @@ def _any_sizes(values: Sequence[Any]) -> bool:
     return any(isinstance(value, _Sizes) for value in values)
 
 
+def _size(kind: str, given: Sequence[Any]) -> int:
+    """How many entries a constant may have at most."""
+    if kind == "ConstantOfShape":
+        return math.prod(int(size) for size in given[0].ravel())
+    if kind == "Range":
+        start, end, step = (int(each) for each in given)
+        return abs(end - start) // abs(step)
+    if kind == "Concat":
+        return sum(int(each.size) for each in given)
+    if kind == "Gather" or kind in _ARITHMETIC:
+        return math.prod(int(each.size) for each in given)
+    return 0  # the entries of one
+
+
 def _plain(value: Any) -> Any:
     """A constant; its value on the example says nothing if it is the size of the batch."""
     if isinstance(value, _Sizes):
@@ -134,15 +172,10 @@ class _Reader:
     """Writes an ONNX graph with ATen operations."""
 
     def __init__(self, model: Any, input_shape: Sequence[int] | None) -> None:
-        from onnx import numpy_helper
-
         self.graph, self.tensors, self._names = fx.Graph(), dict[str, Tensor](), Names()
-        self._as_array: Callable[[Any], Any] = numpy_helper.to_array
-        self._known: dict[str, Any] = {
-            tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer
-        }
+        self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._versions = {entry.domain: entry.version for entry in model.opset_import}
-        given = [entry for entry in model.graph.input if entry.name not in self._known]
+        given = [entry for entry in model.graph.input if entry.name not in self._stored]
         refuse_signature(len(given), [True] * len(model.graph.output))
         self.input: str = given[0].name
         kind = given[0].type.tensor_type
@@ -152,16 +185,23 @@ class _Reader:
             raise UnsupportedModel("expected a network that takes a batch of real numbers")
         self.any_batch = sizes[0] is None
         self.shape = (sizes[0] or _BATCH, *_filled(sizes, input_shape))
-        self.example = torch.zeros(self.shape, dtype=dtype)
-        self._known[self.input] = _Value(self.graph.placeholder("x"), self.example)
+        refuse_size(self.shape)
+        self.example = torch.zeros(self.shape, dtype=dtype, device="meta")  # no values are needed
+        self._known: dict[str, Any] = {
+            self.input: _Value(self.graph.placeholder("x"), self.example),
+        }
+
+    def load(self) -> None:
+        """Take the tensors that are stored."""
+        from onnx import numpy_helper
+
+        for name, tensor in self._stored.items():
+            self._known[name] = numpy_helper.to_array(tensor)
 
     def add(self, node: Any) -> None:
         """Write one node."""
         kind = node.op_type
-        old = {"broadcast", "axis"} if kind in _BROADCAST else set()
-        if old.intersection(a.name for a in node.attribute):
-            raise UnsupportedModel(f"node {node.name!r}: {kind} with axes as before opset 7")
-        if node.domain not in ("", "ai.onnx"):
+        if node.domain not in _DOMAINS:
             raise UnsupportedModel(f"node {node.name!r}: {node.domain}.{kind}")
         inputs = [self._known[name] if name else None for name in node.input]
         if kind == "Shape" and isinstance(inputs[0], _Value) and not node.attribute:
@@ -197,6 +237,8 @@ class _Reader:
                 f"node {node.name!r}: {node.op_type} computes constants, which are rounded each "
                 "time; fold them when you export"
             )
+        if _size(node.op_type, [np.asarray(value) for value in feeds.values()]) > LARGEST_INPUT:
+            raise UnsupportedModel(f"node {node.name!r}: {node.op_type} makes too large a tensor")
         found: Any = ReferenceEvaluator(node, opsets=self._versions).run(None, feeds)
         return found if len(found) > 1 else found[0]
 
@@ -217,10 +259,12 @@ class _Reader:
 
     def constant(self, value: Any) -> _Value:
         """A constant as a tensor that is stored."""
+        if np.asarray(value).dtype.kind not in "iubf":  # among others, bfloat16
+            raise UnsupportedModel(f"constants of {np.asarray(value).dtype}")
         tensor = torch.from_numpy(np.array(value))
         name = self._names.attribute(f"constant_{len(self.tensors)}")
         self.tensors[name] = tensor
-        return _Value(self.graph.get_attr(name), tensor)
+        return _Value(self.graph.get_attr(name), tensor.to("meta"))
 
     def tensor(self, name: str) -> _Value:
         """A tensor by its name."""
@@ -231,7 +275,7 @@ class _Reader:
         return value if isinstance(value, _Value) else self.constant(_plain(value))
 
     def call(self, operation: Any, *args: Any) -> _Value:
-        """Write an operation, and run it on the example."""
+        """Write an operation, and find its result's shape."""
         nodes, values = (
             [_unwrapped(argument, part) for argument in args] for part in ("node", "value")
         )
@@ -380,7 +424,7 @@ def _matmul(r: _Reader, c: _Call) -> _Value:
 
 
 def _batch_norm(r: _Reader, c: _Call) -> _Value:
-    c.plain(training_mode=0)
+    c.plain(training_mode=0, spatial=1)
     x, scale, offset, mean, variance = c.tensors()
     epsilon = c.option("epsilon", 1e-5)
     return r.call(
