@@ -210,6 +210,9 @@ class Conversion:
 
         A program could compute something else for each size, which no example shows.
         """
+        for n in reversed(self.graph.nodes):
+            if n.target in _SIZES and not n.users:  # decompositions leave such
+                self.graph.erase_node(n)
         for n in self.graph.nodes:
             if n.op != "call_method" or n.target != "size" or n.args[1] % self._axes(n.args[0]):
                 continue

@@ -81,7 +81,9 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Pro
         raise UnsupportedModel("the file has functions of its own; inline them when you export")
     versions = [e.version for e in model.opset_import if e.domain in _DOMAINS]
     if len(versions) != 1 or versions[0] < _OLDEST:
-        raise UnsupportedModel(f"the file is of opset {versions}; it takes {_OLDEST} or a later")
+        raise UnsupportedModel(
+            f"the file is of opset {versions} of ONNX; only {_OLDEST} and later are known"
+        )
     reader = _Reader(model, input_shape)
     try:
         reader.load()

@@ -303,7 +303,7 @@ def module_of(
             if found is None or wanted is None or not agree(found, wanted):
                 raise UnsupportedModel(
                     "the program does not compute for a batch what it does for each input"
-                    + ("" if batch is None else f": {_DYNAMIC}")
+                    + ("" if batch is None or program.batches else f": {_DYNAMIC}")
                 )
         if run is not None:
             other = _run(lambda x: _in_parts(run, x, batch), example)

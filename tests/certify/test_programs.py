@@ -727,3 +727,12 @@ def test_large_inputs_are_refused() -> None:
     assert module_of(program, (6,))(torch.rand(1, 6)).shape == (1, 6)
     with pytest.raises(ValueError, match="takes inputs of shape"):
         module_of(program, (2**40,))
+
+
+def test_sizes_without_use_are_none() -> None:
+    class Permuted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(-1, 2, 2).permute(0, 2, 1).reshape(-1, 4)
+
+    program = export(Permuted(), (4,)).run_decompositions()
+    assert CertifiedModel(program, (4,)).lipschitz() == pytest.approx(1.0)
