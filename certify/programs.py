@@ -295,8 +295,10 @@ def module_of(
             for part in (_cycled(example.flip(0), size) for size in program.batches)
             if run is not None
         ]
+        alone = _try(module, example[-1:])
         for found, wanted in (
             (_try(module, example), expected),
+            (alone, alone),  # that it runs; what it computes is compared once it is traced
             (_try(doubled, exact), _try(_Interpreter(program, torch.float64).in_parts, exact)),
             *others,
         ):

@@ -736,3 +736,14 @@ def test_sizes_without_use_are_none() -> None:
 
     program = export(Permuted(), (4,)).run_decompositions()
     assert CertifiedModel(program, (4,)).lipschitz() == pytest.approx(1.0)
+
+
+def test_a_program_for_the_examples_batch_prints_nothing(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    program = export(nn.Flatten(), (2, 2))
+    (flat,) = (n for n in program.graph.nodes if n.op == "call_function")
+    flat.target, flat.args = torch.ops.aten.reshape.default, (flat.args[0], [5, 4])
+    with pytest.raises(UnsupportedModel, match="for a batch what it does for each"):
+        CertifiedModel(program, (2, 2))
+    assert capfd.readouterr().err == ""
