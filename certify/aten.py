@@ -29,7 +29,7 @@ _PYTHON: dict[str, Any] = {
     "adaptive_avg_pool2d": F.adaptive_avg_pool2d, "adaptive_avg_pool3d": F.adaptive_avg_pool3d,
     "_adaptive_avg_pool2d": F.adaptive_avg_pool2d, "_adaptive_avg_pool3d": F.adaptive_avg_pool3d,
     "leaky_relu": F.leaky_relu, "hardtanh": F.hardtanh, "relu6": F.relu6, "silu": F.silu,
-    "mish": F.mish, "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "rrelu": F.rrelu,
+    "mish": F.mish, "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid,
 }  # fmt: skip
 """Functions written in Python that take the schema's arguments in its order."""
 
@@ -62,6 +62,11 @@ def refuse_unknown(graph: fx.Graph) -> None:
                 raise UnsupportedModel(f"node {n.name!r}: {n.target}: {reason}")
             if any(argument.is_out for argument in n.target._schema.arguments):
                 raise UnsupportedModel(f"node {n.name!r}: {n.target} writes into another tensor")
+            random = torch.Tag.nondeterministic_seeded in n.target.tags
+            if (
+                random and known and name not in _SPELLED
+            ):  # a rule sees only what depends on the input
+                raise UnsupportedModel(f"node {n.name!r}: {n.target} is random")
             if n.target._schema.is_mutable and getattr(n.args[0], "op", "") == "get_attr":
                 raise UnsupportedModel(
                     f"node {n.name!r}: {n.target} changes the program's own tensors, as in "
@@ -79,7 +84,7 @@ def converted(graph: fx.Graph, values: Mapping[fx.Node, Any], batch: int | None)
 
     Args:
         graph: with one placeholder, the input, and one tensor as output.
-        values: of its nodes on an example, for their types and shapes.
+        values: of its nodes on an example: their types and shapes are all that counts.
         batch: the size of the batch that it was made for; ``None`` where it takes any.
 
     Raises:
@@ -174,7 +179,7 @@ class Conversion:
                 f"node {n.name!r}: {target} makes a tensor whose size depends on the batch"
             )
         attribute = f"made_{len(self.made)}"
-        self.made[attribute] = self._values[n]
+        self.made[attribute] = target(*n.args, **n.kwargs)
         return self.graph.get_attr(attribute)
 
     def put_maxmin(self) -> None:
@@ -205,6 +210,9 @@ class Conversion:
 
         A program could compute something else for each size, which no example shows.
         """
+        for n in reversed(self.graph.nodes):
+            if n.target in _SIZES and not n.users:  # decompositions leave such
+                self.graph.erase_node(n)
         for n in self.graph.nodes:
             if n.op != "call_method" or n.target != "size" or n.args[1] % self._axes(n.args[0]):
                 continue
@@ -352,6 +360,12 @@ def _dropout(c: Conversion, n: fx.Node, given: _Given) -> Any:
     return c.same(n)
 
 
+def _rrelu(c: Conversion, n: fx.Node, given: _Given) -> fx.Node:
+    if given["training"]:
+        raise UnsupportedModel(_TRAINED)
+    return c.call(F.rrelu, given["self"], given["lower"], given["upper"])
+
+
 def _same(c: Conversion, n: fx.Node, given: _Given) -> Any:
     return c.same(n)
 
@@ -462,6 +476,7 @@ _SPELLED: dict[str, _Spelled] = {
     "constant_pad_nd": _pad,
     "sym_size": _size,
     "elu": _elu,
+    "rrelu": _rrelu,
     "clone": _clone,
     "lift_fresh_copy": _clone,
     "to": _cast,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -156,8 +156,11 @@ def read_file(path: str | Path) -> Any:
         ) from error
 
 
-def check_archive(path: str | Path) -> None:
+def check_archive(path: str | Path | IO[bytes]) -> None:
     """Compare checksums, which torch.load leaves out; refuse what would grow when unpacked.
+
+    Nor may it have a name twice: torch reads the first of such entries, Python the last, and to
+    torch small letters are as large ones.
 
     Raises:
         ValueError: an archive that is damaged, or not as torch writes it.
@@ -167,6 +170,9 @@ def check_archive(path: str | Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("a compressed archive")
+        names = [name.lower() for name in archive.namelist()]
+        if len(set(names)) < len(names):
+            raise ValueError("an archive with two entries of one name")
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of {damaged} does not fit")

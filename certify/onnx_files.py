@@ -1,6 +1,6 @@
 """ONNX files as programs.
 
-An ONNX graph is written with ATen operations while these are run on an example, so that what it
+An ONNX graph is written with ATen operations while their results' shapes are found, so that what it
 computes from sizes is known. Then it is treated as a program of ``torch.export``, and compared with
 the reference implementation that the package ``onnx`` has of every operation.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from certify.checkpoints import CheckpointError
-from certify.programs import Names, Program, refuse_signature
+from certify.programs import LARGEST_INPUT, Names, Program, refuse_signature, refuse_size
 from certify.signal import UnsupportedModel
 
 aten = torch.ops.aten
@@ -28,12 +28,18 @@ aten = torch.ops.aten
 _BATCH = 5
 """Of the example, where a graph takes any."""
 
+_DOMAINS = ("", "ai.onnx")
+_OLDEST = 7  # before it, axes were aligned otherwise, and training was the default
+
+_OTHER_BATCHES = (1, 2, 7)
+"""On which it must compute the same."""
+
 _REALS = {1: torch.float32, 10: torch.float16, 11: torch.float64}
 _MOVES = {
     "Constant", "Identity", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Slice",
     "Gather", "Concat", "ConstantOfShape",
 }  # fmt: skip
-_BROADCAST = {"Add", "Sub", "Mul", "Div", "PRelu", "Gemm"}
+_MOVES_OF_SIZES = _MOVES - {"Constant", "ConstantOfShape"} | {"Cast"}
 
 _ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Cast", "Neg", "Range", "ReduceProd"}
 """On whole numbers, as sizes are."""
@@ -60,7 +66,6 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Pro
         raise CheckpointError(f"no ONNX file at {path}")
     try:
         import onnx
-        from onnx.reference import ReferenceEvaluator
     except ImportError as error:
         raise CheckpointError(
             f"reading {path} takes one more package: pip install onnx; or export the PyTorch "
@@ -72,8 +77,16 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Pro
     except Exception as error:  # of protobuf, and of the checker
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} is not an ONNX file, or it is damaged: {reason}") from error
+    if model.functions:  # they can replace any operation
+        raise UnsupportedModel("the file has functions of its own; inline them when you export")
+    versions = [e.version for e in model.opset_import if e.domain in _DOMAINS]
+    if len(versions) != 1 or versions[0] < _OLDEST:
+        raise UnsupportedModel(
+            f"the file is of opset {versions} of ONNX; only {_OLDEST} and later are known"
+        )
     reader = _Reader(model, input_shape)
     try:
+        reader.load()
         for node in model.graph.node:
             reader.add(node)
         output = reader.tensor(model.graph.output[0].name)
@@ -85,33 +98,86 @@ def read_onnx(path: str | Path, input_shape: Sequence[int] | None = None) -> Pro
     shape, dtype = reader.shape, reader.example.dtype
 
     def reference(x: Tensor) -> Tensor:
-        (found,) = ReferenceEvaluator(model).run(None, {reader.input: x.cpu().numpy()})
+        (found,) = _evaluator(model).run(None, {reader.input: x.cpu().numpy()})
         return torch.from_numpy(np.asarray(found)).to(x.device)
 
-    return Program(reader.graph, reader.tensors, shape, dtype, reference)
+    others = _OTHER_BATCHES if reader.any_batch else ()
+    return Program(reader.graph, reader.tensors, shape, dtype, reference, batches=others)
+
+
+def _evaluator(model: Any) -> Any:
+    """Make the reference implementation.
+
+    Before opset 14, its normalisation goes by the batch, as in training: it is written anew.
+    """
+    from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import OpRun
+
+    class BatchNormalization(OpRun):
+        op_domain = ""
+
+        def _run(self, x: Any, *parameters: Any, epsilon: float, **others: Any) -> tuple[Any]:
+            aligned = (p.reshape(-1, *[1] * (x.ndim - 2)) for p in parameters)
+            scale, offset, mean, variance = aligned
+            result = scale * (x - mean) / np.sqrt(variance + epsilon) + offset
+            return (result.astype(x.dtype),)
+
+    return ReferenceEvaluator(model, new_ops=[BatchNormalization])
 
 
 @dataclass(frozen=True, eq=False)
 class _Value:
-    """A tensor of the network: its node, and its value on the example."""
+    """A tensor of the network: its node, and one of the shape and type that it has."""
 
     node: fx.Node
     value: Any
+
+
+@dataclass(frozen=True, eq=False)
+class _Sizes:
+    """Whole numbers, and which of them are the size of the batch: 1 where they are, else 0."""
+
+    numbers: Any
+    batch: Any
+
+
+def _sizes(numbers: Any, batch: Any) -> Any:
+    return _Sizes(numbers, batch) if np.any(batch) else numbers
+
+
+def _any_sizes(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, _Sizes) for value in values)
+
+
+def _size(kind: str, given: Sequence[Any]) -> int:
+    """How many entries a constant may have at most."""
+    if kind == "ConstantOfShape":
+        return math.prod(int(size) for size in given[0].ravel())
+    if kind == "Range":
+        start, end, step = (int(each) for each in given)
+        return abs(end - start) // abs(step)
+    if kind == "Concat":
+        return sum(int(each.size) for each in given)
+    if kind == "Gather" or kind in _ARITHMETIC:
+        return math.prod(int(each.size) for each in given)
+    return 0  # the entries of one
+
+
+def _plain(value: Any) -> Any:
+    """A constant; its value on the example says nothing if it is the size of the batch."""
+    if isinstance(value, _Sizes):
+        raise UnsupportedModel("it computes with the number of inputs in a batch")
+    return value
 
 
 class _Reader:
     """Writes an ONNX graph with ATen operations."""
 
     def __init__(self, model: Any, input_shape: Sequence[int] | None) -> None:
-        from onnx import numpy_helper
-
         self.graph, self.tensors, self._names = fx.Graph(), dict[str, Tensor](), Names()
-        self._as_array: Callable[[Any], Any] = numpy_helper.to_array
-        self._known: dict[str, Any] = {
-            tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer
-        }
+        self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._versions = {entry.domain: entry.version for entry in model.opset_import}
-        given = [entry for entry in model.graph.input if entry.name not in self._known]
+        given = [entry for entry in model.graph.input if entry.name not in self._stored]
         refuse_signature(len(given), [True] * len(model.graph.output))
         self.input: str = given[0].name
         kind = given[0].type.tensor_type
@@ -119,21 +185,31 @@ class _Reader:
         dtype = _REALS.get(kind.elem_type)
         if dtype is None or not sizes:
             raise UnsupportedModel("expected a network that takes a batch of real numbers")
+        self.any_batch = sizes[0] is None
         self.shape = (sizes[0] or _BATCH, *_filled(sizes, input_shape))
-        self.example = torch.zeros(self.shape, dtype=dtype)
-        self._known[self.input] = _Value(self.graph.placeholder("x"), self.example)
+        refuse_size(self.shape)
+        self.example = torch.zeros(self.shape, dtype=dtype, device="meta")  # no values are needed
+        self._known: dict[str, Any] = {
+            self.input: _Value(self.graph.placeholder("x"), self.example),
+        }
+
+    def load(self) -> None:
+        """Take the tensors that are stored."""
+        from onnx import numpy_helper
+
+        for name, tensor in self._stored.items():
+            self._known[name] = numpy_helper.to_array(tensor)
 
     def add(self, node: Any) -> None:
         """Write one node."""
         kind = node.op_type
-        old = {"broadcast", "axis"} if kind in _BROADCAST else set()
-        if old.intersection(a.name for a in node.attribute):
-            raise UnsupportedModel(f"node {node.name!r}: {kind} with axes as before opset 7")
-        if node.domain not in ("", "ai.onnx"):
+        if node.domain not in _DOMAINS:
             raise UnsupportedModel(f"node {node.name!r}: {node.domain}.{kind}")
         inputs = [self._known[name] if name else None for name in node.input]
         if kind == "Shape" and isinstance(inputs[0], _Value) and not node.attribute:
-            results: Any = np.array(inputs[0].value.shape, dtype=np.int64)
+            numbers = np.array(inputs[0].value.shape, dtype=np.int64)
+            # A rule sees to it that only the first size of a tensor depends on the batch.
+            results: Any = _sizes(numbers, (np.arange(len(numbers)) == 0).astype(np.int64))
         elif not any(isinstance(value, _Value) for value in inputs):
             results = self._constant(node, inputs)
         elif kind in _OPERATIONS:
@@ -154,6 +230,8 @@ class _Reader:
         """What does not depend on the input: entries that are moved, and arithmetic of sizes."""
         from onnx.reference import ReferenceEvaluator
 
+        if _any_sizes(inputs):
+            return self._moved(node, inputs)
         feeds = {name: value for name, value in zip(node.input, inputs, strict=True) if name}
         whole = all(np.asarray(value).dtype.kind in "iub" for value in feeds.values())
         if node.op_type not in _MOVES and not (whole and node.op_type in _ARITHMETIC):
@@ -161,23 +239,45 @@ class _Reader:
                 f"node {node.name!r}: {node.op_type} computes constants, which are rounded each "
                 "time; fold them when you export"
             )
+        if _size(node.op_type, [np.asarray(value) for value in feeds.values()]) > LARGEST_INPUT:
+            raise UnsupportedModel(f"node {node.name!r}: {node.op_type} makes too large a tensor")
         found: Any = ReferenceEvaluator(node, opsets=self._versions).run(None, feeds)
         return found if len(found) > 1 else found[0]
 
+    def _moved(self, node: Any, inputs: list[Any]) -> Any:
+        """Sizes that are moved, and where that of the batch goes; nothing is computed with it."""
+        others = [] if node.op_type == "Concat" else inputs[1:]
+        whole = node.op_type != "Cast" or node.attribute[0].i == 7  # to int64
+        if node.op_type not in _MOVES_OF_SIZES or not whole or _any_sizes(others):
+            raise UnsupportedModel(
+                f"node {node.name!r}: {node.op_type} computes with the number of inputs in a batch"
+            )
+        moved = inputs[: len(inputs) - len(others)]
+        numbers = [value.numbers if isinstance(value, _Sizes) else value for value in moved]
+        batch = [value.batch if isinstance(value, _Sizes) else value * 0 for value in moved]
+        return _sizes(
+            *(self._constant(node, [*values, *others]) for values in (numbers, batch)),
+        )
+
     def constant(self, value: Any) -> _Value:
         """A constant as a tensor that is stored."""
+        if np.asarray(value).dtype.kind not in "iubf":  # among others, bfloat16
+            raise UnsupportedModel(f"constants of {np.asarray(value).dtype}")
         tensor = torch.from_numpy(np.array(value))
         name = self._names.attribute(f"constant_{len(self.tensors)}")
         self.tensors[name] = tensor
-        return _Value(self.graph.get_attr(name), tensor)
+        return _Value(self.graph.get_attr(name), tensor.to("meta"))
 
     def tensor(self, name: str) -> _Value:
         """A tensor by its name."""
-        value = self._known[name]
-        return value if isinstance(value, _Value) else self.constant(value)
+        return self.stored(self._known[name])
+
+    def stored(self, value: Any) -> _Value:
+        """A value as a tensor."""
+        return value if isinstance(value, _Value) else self.constant(_plain(value))
 
     def call(self, operation: Any, *args: Any) -> _Value:
-        """Write an operation, and run it on the example."""
+        """Write an operation, and find its result's shape."""
         nodes, values = (
             [_unwrapped(argument, part) for argument in args] for part in ("node", "value")
         )
@@ -239,7 +339,7 @@ class _Call:
         value = self.inputs[index]
         if value is None:
             raise UnsupportedModel(f"input {index} is missing")
-        return value if isinstance(value, _Value) else self._reader.constant(value)
+        return self._reader.stored(value)
 
     def tensors(self) -> list[_Value]:
         """All inputs as tensors."""
@@ -250,7 +350,15 @@ class _Call:
         value = self.inputs[index] if index < len(self.inputs) else None
         if isinstance(value, _Value):
             raise UnsupportedModel(f"input {index} depends on the network's input")
-        return value
+        return _plain(value)
+
+    def sizes(self, index: int) -> list[int]:
+        """An input that is the sizes of a result, the first of which may be the batch's."""
+        value = self.inputs[index]
+        if isinstance(value, _Sizes) and not value.batch[1:].any():
+            value = value.numbers
+        found: list[int] = np.asarray(_plain(value)).tolist()
+        return found
 
     def option(self, name: str, default: Any = None, index: int | None = None) -> Any:
         """An attribute, or the input that stands for it in newer versions of ONNX."""
@@ -318,7 +426,7 @@ def _matmul(r: _Reader, c: _Call) -> _Value:
 
 
 def _batch_norm(r: _Reader, c: _Call) -> _Value:
-    c.plain(training_mode=0)
+    c.plain(training_mode=0, spatial=1)
     x, scale, offset, mean, variance = c.tensors()
     epsilon = c.option("epsilon", 1e-5)
     return r.call(
@@ -412,7 +520,7 @@ def _flatten(r: _Reader, c: _Call) -> _Value:
 
 
 def _reshape(r: _Reader, c: _Call) -> _Value:
-    sizes = c.option("shape", index=1)
+    sizes = c.sizes(1)
     if not c.option("allowzero", 0):
         sizes = [s or c.x.value.shape[axis] for axis, s in enumerate(sizes)]
     return r.call(aten.reshape.default, c.x, sizes)

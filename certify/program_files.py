@@ -14,6 +14,7 @@ import io
 import json
 import math
 import operator
+import re
 import sys
 import warnings
 import zipfile
@@ -25,7 +26,14 @@ import torch
 from torch import Tensor, fx
 
 from certify.checkpoints import CheckpointError, check_archive
-from certify.programs import Names, Program, refuse_signature
+from certify.programs import (
+    KINDS,
+    Names,
+    Program,
+    open_shape,
+    place_of,
+    refuse_signature,
+)
 from certify.signal import UnsupportedModel
 
 _DTYPES = {
@@ -38,7 +46,8 @@ _FORMATS = {
 }  # fmt: skip
 _STRIDED = 7
 _SCHEMA = 8
-_LARGEST_INPUT = 2**26
+_ROOM = 2**28
+"""Bytes that tensors of which entries are stored once for several may take."""
 
 
 def is_program(path: str | Path) -> bool:
@@ -86,6 +95,7 @@ class _Archive:
         self._old = self._graph == self._folder
         if self._old:
             self._folder = ""
+        self._room = _ROOM + 4 * sum(entry.file_size for entry in archive.infolist())
         if "byteorder" in self and self._read("byteorder").decode() != sys.byteorder:
             raise ValueError("it is from a machine with another order of bytes")
 
@@ -99,24 +109,42 @@ class _Archive:
         """The graph with all that belongs to it, as JSON."""
         return json.loads(self._archive.read(self._graph))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        found: dict[str, Tensor] = {}
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors by name, those of the two places that they can be in."""
+        tensors = {}
         for kind, old in (("weights", "state_dict"), ("constants", "constants")):
+            found: dict[str, Any] = {}
             whole = f"serialized_{old}.pt" if self._old else f"data/{kind}/model.pt"
             if whole in self:
-                found.update(self._pickled(whole) or {})
+                found.update(self._pickled(whole))
             else:
                 entries = json.loads(self._read(f"data/{kind}/model_{kind}_config.json"))
                 for name, entry in entries["config"].items():
                     found[name] = self._tensor(f"data/{kind}/{entry['path_name']}", entry)
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+            tensors[kind] = {
+                name: self._own(name, value)
+                for name, value in found.items()
+                if isinstance(value, Tensor)
+            }
+        return tensors
 
     def _pickled(self, name: str) -> Any:
         content = self._read(name)
         if not content:
-            return None
+            return {}
+        if not zipfile.is_zipfile(io.BytesIO(content)):
+            raise ValueError(f"{name} is not an archive")
+        check_archive(io.BytesIO(content))
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+    def _own(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy; a hostile file could name an entry often, or few entries a large tensor."""
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise ValueError(f"{name} is not a plain tensor")
+        self._room -= math.prod(tensor.shape) * tensor.element_size()
+        if self._room < 0:
+            raise ValueError(f"{name} is not stored entry by entry")
+        return tensor.detach().clone()
 
     def _tensor(self, name: str, entry: Any) -> Any:
         if entry["use_pickle"]:
@@ -129,9 +157,7 @@ class _Archive:
         if not content:
             return torch.zeros(sizes, dtype=dtype) if 0 in sizes else None
         values = torch.frombuffer(bytearray(content), dtype=dtype)
-        if math.prod(sizes) > values.numel():  # a hostile file could ask for all memory
-            raise ValueError(f"{name} is not stored entry by entry")
-        return values.as_strided(sizes, strides, _number(meta["storage_offset"])).clone()
+        return values.as_strided(sizes, strides, _number(meta["storage_offset"]))
 
 
 def _number(size: Mapping[str, Any]) -> int:
@@ -139,6 +165,21 @@ def _number(size: Mapping[str, Any]) -> int:
     if type(number) is not int:
         raise ValueError(f"{number!r} is not a number")
     return number
+
+
+def _symbol(size: Mapping[str, Any]) -> str:
+    """Name of a size that may vary; torch writes an expression for it, and evaluates that."""
+    expression = size["as_expr"]["expr_str"]
+    found = re.match(r"Symbol\('(\w+)'[^()]*\)$", expression)
+    return found[1] if found else f"({expression})"
+
+
+def _or(value: Any, default: float) -> float:
+    if value is None:
+        return default
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is not a number")
+    return value
 
 
 def _program(archive: _Archive) -> Program:
@@ -152,22 +193,29 @@ def _program(archive: _Archive) -> Program:
         sum(kind == "user_input" for kind, _ in inputs),
         [kind == "user_output" for kind, _ in outputs],
     )
-    stored = archive.tensors()
+    given = [spec["arg"].get("as_tensor", spec["arg"])["name"] for _, spec in inputs]
+    if (
+        given != [each["as_tensor"]["name"] for each in graph["inputs"]]
+        or [spec["arg"] for _, spec in outputs] != graph["outputs"]
+    ):
+        raise ValueError("the graph has other inputs or results than its signature says")
+    stored, places = archive.tensors(), dict[str, tuple[str, str]]()
     reader, names, tensors = _Reader(), Names(), {}
     for kind, spec in inputs:
         if kind == "user_input":
-            given = spec["arg"]["as_tensor"]["name"]
-            reader.nodes[given] = reader.graph.placeholder("x")
+            entered = spec["arg"]["as_tensor"]["name"]
+            reader.name(entered, reader.graph.placeholder("x"))
             continue
-        target = spec.get(
-            {"parameter": "parameter_name", "buffer": "buffer_name"}.get(
-                kind, "tensor_constant_name"
-            )
-        )
-        if target in stored:  # what is not, may be without use
+        if kind not in KINDS:
+            raise UnsupportedModel(f"the program has an input of another kind: {kind}")
+        target = spec[f"{kind}_name"]
+        place = place_of(kind, spec.get("persistent"))
+        if places.setdefault(target, (kind, place)) != (kind, place):
+            raise ValueError(f"{target!r} is of two kinds")
+        if target in stored[place]:  # what is not, may be without use
             name = names.attribute(target)
-            tensors[name] = stored[target]
-            reader.nodes[spec["arg"]["name"]] = reader.graph.get_attr(name)
+            tensors[name] = stored[place][target]
+            reader.name(spec["arg"]["name"], reader.graph.get_attr(name))
     for node in graph["nodes"]:
         reader.add(node)
     reader.graph.output(reader.nodes[outputs[0][1]["arg"]["as_tensor"]["name"]])
@@ -175,11 +223,16 @@ def _program(archive: _Archive) -> Program:
         if n.op == "get_attr" and not n.users:
             del tensors[str(n.target)]
             reader.graph.erase_node(n)
-    meta = graph["tensor_values"][given]
-    shape = tuple(_number(size) if "as_int" in size else None for size in meta["sizes"])
-    if not shape or math.prod(size or 1 for size in shape) > _LARGEST_INPUT or 0 in shape:
-        raise ValueError(f"inputs of shape {shape}")
-    return Program(reader.graph, tensors, shape, _DTYPES[meta["dtype"]])
+    meta = graph["tensor_values"][entered]
+    shape, limits = open_shape(
+        [_number(size) if "as_int" in size else _symbol(size) for size in meta["sizes"]],
+        {
+            name: (_or(values["min_val"], -math.inf), _or(values["max_val"], math.inf))
+            for name, values in content["range_constraints"].items()
+        },
+        content.get("guards_code") or [],
+    )
+    return Program(reader.graph, tensors, shape, _DTYPES[meta["dtype"]], limits=limits)
 
 
 class _Reader:
@@ -188,6 +241,12 @@ class _Reader:
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self.nodes: dict[str, fx.Node] = {}
+
+    def name(self, name: str, node: fx.Node) -> None:
+        """Give a node its name in the file."""
+        if name in self.nodes:
+            raise ValueError(f"two results {name!r}")
+        self.nodes[name] = node
 
     def add(self, node: Any) -> None:
         """Add a node, and one for each of its results where there are several."""
@@ -210,12 +269,12 @@ class _Reader:
             results = outputs
         else:
             for output in outputs:
-                self.nodes[_name(output)] = made
+                self.name(_name(output), made)
             return
         for index, output in enumerate(results):
             if "as_none" not in output:
                 part = self.graph.call_function(operator.getitem, (made, index))
-                self.nodes[_name(output)] = part
+                self.name(_name(output), part)
 
     def _target(self, name: str) -> Any:
         """An operation by its name; only torch's core and arithmetic of sizes are looked up."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -350,7 +351,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
         return json.dumps(_replaced(json.loads(content), "expr_str", command)).encode()
 
     for change in (armed, sized):
-        with suppress(CheckpointError):
+        with suppress(CheckpointError, UnsupportedModel):
             load_network(rewritten(path, str(tmp_path / "trap.pt2"), change))
         assert not (tmp_path / "executed").exists()
 
@@ -476,3 +477,273 @@ def test_a_missing_or_damaged_file_is_one_line(tmp_path: Path) -> None:
         result = run("bound", "--model", str(path))
         assert result.exit_code == 2
         assert len(result.output.strip().splitlines()) == 1
+
+
+class Branching(nn.Module):
+    """Another function for small batches."""
+
+    def __init__(self, few: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.few = few
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 100.0 * x if self.few(x.shape[0]) else 1.0 * x
+
+
+@pytest.mark.parametrize("of_a_file", [False, True])
+@pytest.mark.parametrize("batch", [2, 8])
+def test_programs_for_some_batches_only_are_refused(
+    batch: int, of_a_file: bool, tmp_path: Path
+) -> None:
+    program = torch.export.export(
+        Branching(lambda size: size < 4), (torch.rand(batch, 4),), strict=False,
+        dynamic_shapes=({0: Dim.DYNAMIC},),
+    )  # fmt: skip
+    path = saved(program, tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"takes batches of \d .* without limits"):
+        module_of(read_program(path) if of_a_file else program)
+
+
+@pytest.mark.parametrize("of_a_file", [False, True])
+def test_programs_that_suppose_something_of_sizes_are_refused(
+    of_a_file: bool, tmp_path: Path
+) -> None:
+    program = export(Branching(lambda size: size == 6), (4,))
+    if not getattr(program, "_guards_code", None):
+        pytest.skip("this version of torch does not note it")
+    path = saved(program, tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"supposes something about sizes"):
+        module_of(read_program(path) if of_a_file else program)
+
+
+def test_sizes_are_within_the_programs_limits(tmp_path: Path) -> None:
+    program = torch.export.export(
+        nn.Flatten(), (torch.rand(2, 1, 5, 5),), strict=False,
+        dynamic_shapes=({0: Dim("n"), 2: Dim("h", min=4, max=9)},),
+    )  # fmt: skip
+    for known in (read(program), read_program(saved(program, tmp_path))):
+        assert known.input_shape((1, 4, 5)) == (1, 4, 5)
+        for height in (3, 10):
+            with pytest.raises(ValueError, match=f"4 to 9 along axis 2, not {height}"):
+                known.input_shape((1, height, 5))
+
+
+def entries(path: str) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("other", [str, str.upper])
+def test_two_entries_of_one_name_are_refused(other: Callable[[str], str], tmp_path: Path) -> None:
+    path = saved(export(nn.Linear(4, 2), (4,)), tmp_path)
+    name, content = list(entries(path).items())[-1]
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(other(name), content)
+    with pytest.raises(CheckpointError, match="two entries of one name"):
+        load_network(path)
+
+
+class Stored(nn.Module):
+    """Tensors of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.register_buffer("kept", torch.tensor([3.0, 4.0]))
+        self.register_buffer("left", torch.tensor([5.0, 6.0]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight * self.kept * self.left * torch.tensor([7.0, 8.0])
+
+
+@pytest.mark.parametrize("name", ["weight", "kept", "left"])
+def test_tensors_of_each_kind_have_their_place(name: str) -> None:
+    model = Stored()
+    program, x = export(model, (2,)), torch.rand(3, 2)
+    other = program.state_dict if name == "left" else program.constants
+    other[name] = torch.tensor([100.0, 100.0])
+    torch.testing.assert_close(module_of(program)(x), model(x))
+
+
+def test_tensors_of_a_file_have_their_place(tmp_path: Path) -> None:
+    model, x = Stored(), torch.rand(3, 2)
+    path = saved(export(model, (2,)), tmp_path)
+    if not any(name.endswith("model_weights_config.json") for name in entries(path)):
+        pytest.skip("this version of torch pickles them")
+    configs = {
+        place: json.loads(content)
+        for name, content in entries(path).items()
+        for place in ("weights", "constants")
+        if name.endswith(f"model_{place}_config.json")
+    }
+
+    def both(name: str, content: bytes) -> bytes:
+        if not name.endswith("model_constants_config.json"):
+            return content
+        config = json.loads(content)
+        (left, *_) = config["config"].values()
+        config["config"]["weight"] = {**configs["weights"]["config"]["weight"], **left}
+        return json.dumps(config).encode()
+
+    path = rewritten(path, str(tmp_path / "both.pt2"), both)
+    torch.testing.assert_close(load_network(path).model(x), model(x))
+
+
+def changed(graph: Any) -> dict[str, Callable[[], object]]:
+    """Ways to change the graph of a file, so that its signature says something else."""
+    inner = graph["graph_module"]["graph"]
+    signature = graph["graph_module"]["signature"]
+    first = inner["nodes"][0]["outputs"][0]
+    (kind,) = signature["output_specs"][0]
+    return {
+        "result": lambda: signature["output_specs"][0][kind].update(arg=first),
+        "output": lambda: inner["outputs"].__setitem__(0, first),
+        "inputs": lambda: inner["inputs"].reverse(),
+        "order": lambda: signature["input_specs"].reverse(),
+        "name": lambda: inner["nodes"][1].update(outputs=[first]),
+    }
+
+
+@pytest.mark.parametrize("way", ["result", "output", "inputs", "order", "name"])
+def test_the_signature_is_that_of_the_graph(way: str, tmp_path: Path) -> None:
+    path = saved(export(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (4,)), tmp_path)
+
+    def altered(name: str, content: bytes) -> bytes:
+        if not name.endswith(("models/model.json", "program.json")):
+            return content
+        graph = json.loads(content)
+        changed(graph)[way]()
+        return json.dumps(graph).encode()
+
+    with pytest.raises(CheckpointError, match=r"than its signature says|two results"):
+        load_network(rewritten(path, str(tmp_path / "altered.pt2"), altered))
+
+
+def test_a_programs_signature_is_that_of_its_graph() -> None:
+    program = export(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (4,))
+    (spec,) = program.graph_signature.output_specs
+    spec.arg.name = "linear"
+    with pytest.raises(UnsupportedModel, match="than its signature says"):
+        module_of(program)
+
+
+def test_random_constants_are_refused() -> None:
+    class Random(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rarely", torch.full((4,), 1e-7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (1 + 1000 * torch.bernoulli(self.rarely))
+
+    with pytest.raises(UnsupportedModel, match=r"node 'bernoulli': aten.bernoulli.* is random"):
+        module_of(export(Random(), (4,)))
+
+
+def test_a_refused_program_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(4, 2).sum(1, keepdim=True).expand(4, 2).reshape(2, 4)
+
+    with pytest.raises(UnsupportedModel, match="for a batch what it does for each"):
+        module_of(export(Mixed(), (4,), batch=2))
+    assert capfd.readouterr().err == ""
+
+
+def bomb(path: str, tmp_path: Path, weights: bytes) -> str:
+    """A file with weights as torch pickles them."""
+    content = entries(path)
+    target = str(tmp_path / "bomb.pt2")
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, entry in content.items():
+            if name.endswith("model_weights_config.json"):
+                archive.writestr(name.replace("model_weights_config.json", "model.pt"), weights)
+            else:
+                old = name.endswith("serialized_state_dict.pt")
+                archive.writestr(name, weights if old else entry)
+    return target
+
+
+def pickled(tensors: dict[str, Tensor]) -> bytes:
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    return file.getvalue()
+
+
+def test_weights_of_few_entries_are_small(tmp_path: Path) -> None:
+    path = saved(export(nn.Linear(4, 2), (4,)), tmp_path)
+    bias = torch.tensor([1.0, 2.0])
+    small = pickled({"weight": torch.tensor([3.0]).expand(2, 4), "bias": bias})
+    found = load_network(bomb(path, tmp_path, small)).model(torch.ones(1, 4))
+    assert torch.equal(found, torch.tensor([[13.0, 14.0]]))
+    large = pickled({"weight": torch.zeros(1).expand(2**30, 4), "bias": bias})
+    with pytest.raises(CheckpointError, match="not stored entry by entry"):
+        load_network(bomb(path, tmp_path, large))
+
+
+def test_expanded_weights_are_read(tmp_path: Path) -> None:
+    class Expanded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([3.0]).expand(2, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.mT
+
+    network = load_network(saved(export(Expanded(), (4,)), tmp_path))
+    assert torch.equal(network.model(torch.ones(1, 4)), torch.tensor([[12.0, 12.0]]))
+
+
+def test_weights_do_not_grow(tmp_path: Path) -> None:
+    path = saved(export(nn.Linear(4, 2), (4,)), tmp_path)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        whole = pickled({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)})
+        with zipfile.ZipFile(io.BytesIO(whole)) as old:
+            for name in old.namelist():
+                archive.writestr(name, old.read(name))
+    for weights in (packed.getvalue(), pickle.dumps({})):
+        with pytest.raises(CheckpointError, match=r"a compressed archive|not an archive"):
+            load_network(bomb(path, tmp_path, weights))
+
+
+def test_programs_that_take_much_memory_are_not_run() -> None:
+    class Large(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.full((2, 4), 1.0).sum(0)
+
+    program = export(Large(), (4,))
+    (made,) = (n for n in program.graph.nodes if n.target is torch.ops.aten.full.default)
+    made.args = ([2**29, 4], 1.0)
+    with pytest.raises(UnsupportedModel, match=r"node 'full': .* too much memory"):
+        module_of(program)
+
+
+def test_large_inputs_are_refused() -> None:
+    program = torch.export.export(
+        nn.ReLU(), (torch.rand(2, 5),), dynamic_shapes=({0: Dim("n"), 1: Dim("k")},), strict=False
+    )
+    assert module_of(program, (6,))(torch.rand(1, 6)).shape == (1, 6)
+    with pytest.raises(ValueError, match="takes inputs of shape"):
+        module_of(program, (2**40,))
+
+
+def test_sizes_without_use_are_none() -> None:
+    class Permuted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(-1, 2, 2).permute(0, 2, 1).reshape(-1, 4)
+
+    program = export(Permuted(), (4,)).run_decompositions()
+    assert CertifiedModel(program, (4,)).lipschitz() == pytest.approx(1.0)
+
+
+def test_a_program_for_the_examples_batch_prints_nothing(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    program = export(nn.Flatten(), (2, 2))
+    (flat,) = (n for n in program.graph.nodes if n.op == "call_function")
+    flat.target, flat.args = torch.ops.aten.reshape.default, (flat.args[0], [5, 4])
+    with pytest.raises(UnsupportedModel, match="for a batch what it does for each"):
+        CertifiedModel(program, (2, 2))
+    assert capfd.readouterr().err == ""
