@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from certify.training import EpochMetrics
@@ -46,14 +45,7 @@ class Events:
             self._writer.add_scalar(f"train/{name}", value, epoch)
         self._writer.flush()
 
-    def __enter__(self) -> Events:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Nothing more will be written."""
         if self._writer is not None:
             self._writer.close()

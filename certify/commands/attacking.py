@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import click
@@ -30,7 +30,7 @@ def attack(
 
         ranks = stack.enter_context(job())
         network, data, _ = asked.load(ranks, "attacking")
-        with Progress(len(data), "image", shown=ranks.first) as bar:
+        with closing(Progress(len(data), "image", shown=ranks.first)) as bar:
             report = attack_data(
                 network.model,
                 network.input_shape,

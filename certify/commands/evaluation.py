@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,7 +176,7 @@ def _report(
     from certify.evaluation import evaluate as certify_data
     from certify.files import write_atomically
 
-    with Progress(len(data), "image", shown=ranks.first) as bar:
+    with closing(Progress(len(data), "image", shown=ranks.first)) as bar:
         try:
             return certify_data(
                 certified,

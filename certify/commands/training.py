@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,9 @@ def train(
         def start(trainer: Trainer) -> None:
             total = config.epochs * trainer.steps_per_epoch
             bar = Progress(total, "step", done=trainer.steps, leave=True)
-            bars.append(stack.enter_context(bar))
+            bars.append(stack.enter_context(closing(bar)))
             if events is not None:
-                stack.enter_context(events).begin(trainer.epoch)
+                stack.enter_context(closing(events)).begin(trainer.epoch)
 
         def step(metrics: EpochMetrics) -> None:
             bars[0].update(note=_describe(metrics))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import click
@@ -54,7 +55,7 @@ def verify(
         )
         layers = record.get("layers")
         total = len(layers) if isinstance(layers, list) else 0
-        with Progress(total, "bound") as bar:
+        with closing(Progress(total, "bound")) as bar:
             count = verify_record(
                 record,
                 network.model.to(choose_device(device)),
