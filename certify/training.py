@@ -109,7 +109,7 @@ class Trainer:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._outcome: Callable[[Tensor, Tensor, float], Outcome] = self._objective
         if ranks.count > 1:
-            unused = _any_unused(model, pixels(self._images[: config.batch_size]))
+            unused = _any_unused(model, pixels(self._images[:8]))
             self._outcome = DistributedDataParallel(
                 _Whole(model, self._objective),
                 find_unused_parameters=unused,
