@@ -35,8 +35,9 @@ h2 { font-size: 1.05rem; margin: 0 0 .75rem; }
 p { margin: .25rem 0; color: var(--soft); }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: 1.1rem; min-width: 0; }
-.tiles { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.25rem 0; }
-.tiles div { flex: 1 1 8rem; background: var(--card); border: 1px solid var(--line);
+.tiles { display: grid; gap: .75rem; margin: 1.25rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
+.tiles div { background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; padding: .7rem .9rem; }
 .tiles b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .tiles span { color: var(--soft); font-size: .85rem; }
@@ -51,6 +52,7 @@ th { color: var(--soft); font-weight: 500; }
 th:first-child, td:first-child, td:last-child { text-align: left; }
 .bar { display: inline-block; height: .7rem; background: var(--c0); border-radius: 2px;
   vertical-align: middle; }
+.less { background: var(--c1); }
 .images { display: grid; gap: .6rem;
   grid-template-columns: repeat(auto-fill, minmax(4.9rem, 1fr)); }
 figure { margin: 0; }
@@ -212,7 +214,8 @@ def _layers(report: NetworkReport) -> str:
     def rows() -> Iterable[str]:
         for layer in report.layers[:_MOST_LAYERS]:
             width = 8.0 * abs(layer.share) / largest
-            bar = f'<span class="bar" style="width:{width:.2f}rem"></span>'
+            kind = "bar" if layer.share >= 0 else "bar less"
+            bar = f'<span class="{kind}" style="width:{width:.2f}rem"></span>'
             yield row(
                 [
                     _text(layer.name),
@@ -228,6 +231,8 @@ def _layers(report: NetworkReport) -> str:
     head = row(["layer", "kind", "norm ≤", "seen", "so far ≤", "share of its log", ""], "th")
     more = len(report.layers) - _MOST_LAYERS
     rest = f"<p>and {more} more</p>" if more > 0 else ""
+    if any(layer.share < 0 for layer in report.layers):
+        rest += "<p>A negative share makes the bound smaller: the layer's norm is below one.</p>"
     return (
         f'<section><h2>Layers</h2><div class="scroll"><table>{head}{"".join(rows())}</table></div>'
         f"{rest}</section>"
