@@ -19,6 +19,7 @@ lint: .venv/dev-installed
 	$(RUN)lint-imports
 
 .venv/bin/python:
+	@echo "installing PyTorch and the rest into .venv: some minutes, about 6 GB, once"
 	$(PYTHON) -m venv .venv
 
 # The newer stamp implies the older: dev brings all that the demo needs.

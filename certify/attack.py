@@ -173,6 +173,6 @@ def _in_float32(
         rough = copy.deepcopy(model).to(torch.float32)
         with torch.no_grad():
             rough(torch.zeros(1, *input_shape, device=device))
-    except RuntimeError:  # constants in float64, say
+    except Exception:  # constants in float64, say, or what the float64 pass will tell
         return None
     return rough

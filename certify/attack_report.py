@@ -67,7 +67,7 @@ class AttackReport:
             ("images", f"{len(self.labels):,}"),
             ("clean accuracy", percent(self.clean_accuracy)),
             *(
-                (f"attacked at {epsilon_name(e)}", percent(found))
+                (f"withstood at {epsilon_name(e)}", percent(found))
                 for e, found in self.attacked_accuracy.items()
             ),
             ("median distance", f"{self.median_distance:.3f}"),
@@ -134,8 +134,12 @@ def attack_data(
             adversary.target.values(pixels(batch).to(adversary.device, torch.float64))
             for batch in data.images.split(batch_size)
         ]
-    except RuntimeError as error:
-        raise ValueError(f"the network cannot be computed in float64: {error}") from error
+    except Exception as error:  # whatever the forward raises
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"the network cannot be computed in float64 on images of shape {tuple(input_shape)}: "
+            f"{reason}"
+        ) from error
     if not len(data):
         raise ValueError("there are no images to attack")
     logits = torch.cat(predicted)

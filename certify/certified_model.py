@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils.data import Dataset
 
 from certify.attack import Adversary, Effort
 from certify.bounding import Norms
@@ -272,6 +273,8 @@ class CertifiedModel:
             UnsupportedModel: second derivatives of a network that has none.
         """
         check_certificate(certificate)
+        if isinstance(x, Dataset):
+            raise ValueError("expected a DataLoader: DataLoader(data, batch_size=500)")
         if not isinstance(x, Tensor):
             found = [self.certify(_inputs(batch), certificate).cpu() for batch in x]
             if not found:

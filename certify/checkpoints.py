@@ -142,6 +142,8 @@ def read_file(path: str | Path) -> Any:
     Raises:
         CheckpointError: no such file, or one that holds more than tensors and plain values.
     """
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path} is a folder; name the ckpt.pt in it")
     if not Path(path).is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
@@ -152,7 +154,8 @@ def read_file(path: str | Path) -> Any:
     except Exception as error:  # torch.load's failures have no common type
         raise CheckpointError(
             f"{path} is not a checkpoint, or it is damaged ({type(error).__name__}); expected "
-            "a ckpt.pt of 'certify train', or what torch.save(model.state_dict(), ...) writes"
+            "a ckpt.pt of 'certify train', or what torch.save(model.state_dict(), ...) writes: "
+            "whole modules are not loaded, as that would execute what they name"
         ) from error
 
 

@@ -13,7 +13,7 @@ from certify.commands.verification import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="certify-lipschitz")
+@click.version_option(package_name="certify-lipschitz", prog_name="certify")
 def main() -> None:
     """Train image classifiers with provable L2 robustness, and prove it."""
 

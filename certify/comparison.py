@@ -26,13 +26,18 @@ class Comparison:
     def of(paths: Sequence[str | Path], names: Sequence[str] = ()) -> Comparison:
         """Read reports, named by what is different in their paths unless names are given.
 
+        Args:
+            paths: what ``eval --json`` wrote, or folders of ``eval --report``, or above these.
+            names: one for each, or none.
+
         Raises:
             ValueError: a file that is none, or the same name twice.
         """
-        names = names or _names(list(map(Path, paths)))
+        files = [_in_folder(Path(path)) for path in paths]
+        names = names or _names(files)
         if len(set(names)) < len(names):
             raise ValueError(f"expected a name of its own for each report, got {list(names)}")
-        return Comparison({n: _read(p) for n, p in zip(names, paths, strict=True)})
+        return Comparison({n: _read(p) for n, p in zip(names, files, strict=True)})
 
     @property
     def epsilons(self) -> list[float]:
@@ -53,7 +58,7 @@ class Comparison:
             found = [one.get("attacked_accuracy", {}).get(repr(epsilon)) for one in every]
             if any(cell is not None for cell in found):
                 cells = ["" if cell is None else percent(cell) for cell in found]
-                rows.append([f"attacked at {epsilon_name(epsilon)}", *cells])
+                rows.append([f"withstood at {epsilon_name(epsilon)}", *cells])
         for name, key in (("median radius", "median_radius"), ("Lipschitz constant", "lipschitz")):
             rows.append(
                 [name, *("inf" if one[key] is None else f"{one[key]:.4g}" for one in every)]
@@ -96,7 +101,10 @@ _KEYS = {
 
 def _read(path: str | Path) -> dict[str, Any]:
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            content = None
         if not isinstance(content, dict) or not content.keys() >= _KEYS:
             raise ValueError("it is not what certify eval --json writes")
         for curve in ("curve", "attacked_curve"):
@@ -117,9 +125,17 @@ def _certified(one: dict[str, Any], epsilon: float) -> str:
     return "~" + percent(Curve.from_json(one["curve"]).at(epsilon))
 
 
+def _in_folder(path: Path) -> Path:
+    """The report in a folder, if it is one."""
+    inside = [path / "report.json", path / "report" / "report.json"]
+    return next((file for file in inside if file.is_file()), path)
+
+
 def _names(paths: list[Path]) -> list[str]:
     """The parts of paths that are not the same in all; the whole name of a single one."""
-    parts = [path.with_suffix("").parts for path in paths]
+    parts = [tuple(p for p in path.with_suffix("").parts if p != "report") for path in paths]
+    if not all(parts):
+        parts = [path.with_suffix("").parts for path in paths]
     while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]
     while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:

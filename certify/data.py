@@ -208,9 +208,13 @@ def _torchvision(name: str, train: bool, data_dir: str, download: bool) -> Image
     try:
         source = getattr(datasets, kind)(data_dir, download=download, **split)
     except Exception as error:  # damaged files have no common type
+        if download:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"cannot download {name} to {data_dir}: {reason}") from error
         first_line = str(error).split("\n")[0] or type(error).__name__
+        first_line = first_line.removesuffix(" You can use download=True to download it")
         raise DataError(
-            f"no {name} under {data_dir} (expected {expected}): {first_line} "
+            f"no {name} under {data_dir} (expected {expected}): {first_line.rstrip('.')}. "
             "Give another --data-dir, or --download to fetch it."
         ) from error
     images = torch.as_tensor(source.data)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from certify.attack import Effort
 from certify.attacked import Attacked, attack_all
@@ -210,7 +211,7 @@ class Report:
             ("arithmetic", self.precision),
         ]
         if self.rounding_cost is not None:
-            rows.append(("rounding costs", f"{100 * self.rounding_cost:.2g} %"))
+            rows.append(("rounding costs", _short_percent(self.rounding_cost)))
         if self.certificate == "best":
             rows += [(f"largest by {name}", f"{n:,}") for name, n in self.won.items()]
         if self.gains is not None:
@@ -248,6 +249,7 @@ def evaluate(
     certificate: str = "lipschitz",
     attack: Effort | None = None,
     on_batch: Callable[[int], None] | None = None,
+    on_attacked: Callable[[int], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> Report:
     """Certify every image of ``data``.
@@ -261,6 +263,7 @@ def evaluate(
         attack: how hard to attack every image as well; see `certify.attack`. A radius that is
             broken raises `certify.attacked.BrokenCertificate`. Batches are kept in memory for it.
         on_batch: called with the number of images done, after each batch.
+        on_attacked: likewise, when they have been attacked.
         ranks: processes that share the batches; each returns the report of all.
 
     Raises:
@@ -332,6 +335,7 @@ def evaluate(
             radius=found.radius,
             confirm=certified.surely_differs,
             index=index,
+            on_batch=on_attacked,
             ranks=ranks,
         )
     return Report(
@@ -351,6 +355,8 @@ def evaluate(
 
 
 def _batches(data: ImageData | Batches, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(data, Dataset):
+        raise ValueError(f"expected a DataLoader: DataLoader(data, batch_size={size})")
     if isinstance(data, ImageData):
         if len(data):
             yield from zip(data.images.split(size), data.labels.split(size), strict=True)
@@ -441,6 +447,16 @@ def _mean(flags: Tensor) -> float:
 
 def _median(values: Tensor) -> float:
     return values.median().item() if len(values) else 0.0
+
+
+def _short_percent(fraction: float) -> str:
+    """Two digits, of what is usually tiny.
+
+    Example:
+        >>> _short_percent(1e-11), _short_percent(0.996)
+        ('1e-09 %', '100 %')
+    """
+    return f"{100 * fraction:.2g} %" if fraction < 0.1 else f"{100 * fraction:.0f} %"
 
 
 def percent(fraction: float) -> str:

@@ -90,7 +90,8 @@ def cut_before_head(output: Signal) -> Signal:
         open_ |= set(signal.parents)
     if found is None:
         raise UnsupportedModel(
-            "no curvature bound: no smooth activation is behind all those whose second derivative "
-            "is not bounded; use softplus, sigmoid, tanh, ELU, GELU or SiLU"
+            "no curvature bound: the last activations have to be smooth (softplus, sigmoid, tanh, "
+            "ELU, GELU, SiLU), and these are not; try --set activation=softplus, or of 2c2f, 4c3f "
+            "and liresnet --set head=softplus"
         )
     return found

@@ -145,9 +145,9 @@ class Page:
         figures = []
         for index in chosen:
             label = _text(self.data.classes[int(labels[index])])
-            lines = [label, f"{found.radius[index].item():.3g}"]
+            lines = [label, f"proven {found.radius[index].item():.3g}"]
             if self.report.attack is not None:
-                lines.append(f"attacked at {self.report.attack.distance[index].item():.3g}")
+                lines.append(f"broken at {self.report.attack.distance[index].item():.3g}")
             figures.append(
                 f'<figure title="image {index}"><img alt="{label}" '
                 f'src="{_png(self.data.images[index])}">'
@@ -190,7 +190,9 @@ def _tiles(report: Report) -> str:
     for epsilon, certified in report.certified_accuracy.items():
         tiles.append((f"certified at {epsilon_name(epsilon)}", percent(certified)))
         if epsilon in attacked:
-            tiles.append((f"attacked at {epsilon_name(epsilon)}", percent(attacked[epsilon])))
+            tiles.append(
+                (f"withstood attacks at {epsilon_name(epsilon)}", percent(attacked[epsilon]))
+            )
     tiles += [
         ("median radius", f"{report.median_radius:.3f}"),
         ("Lipschitz constant", f"{report.lipschitz:.4g}"),
@@ -231,8 +233,10 @@ def _layers(report: NetworkReport) -> str:
     head = row(["layer", "kind", "norm ≤", "seen", "so far ≤", "share of its log", ""], "th")
     more = len(report.layers) - _MOST_LAYERS
     rest = f"<p>and {more} more</p>" if more > 0 else ""
+    rest += "<p>Share: how much of the logarithm of the network's bound is that of the layer's norm"
     if any(layer.share < 0 for layer in report.layers):
-        rest += "<p>A negative share makes the bound smaller: the layer's norm is below one.</p>"
+        rest += "; below zero where a norm below one makes the bound smaller"
+    rest += ".</p>"
     return (
         f'<section><h2>Layers</h2><div class="scroll"><table>{head}{"".join(rows())}</table></div>'
         f"{rest}</section>"

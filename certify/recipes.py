@@ -142,7 +142,7 @@ RECIPES: dict[str, Recipe] = {
         evaluation=_AT_CIFAR,
     ),
     "cifar10-gpu": Recipe(
-        "one GPU, 22 minutes however far it has come (not measured; see README, Results)",
+        "one GPU, 22 minutes however far it has come (not measured; see docs/results.md)",
         dataset="cifar10",
         model="liresnet",
         hyperparameters={"width": 256, "depth": [1, 2], "dense": [512, 512]},
@@ -187,7 +187,10 @@ def describe() -> str:
         + textwrap.indent(textwrap.fill(_settings(found), 94, break_on_hyphens=False), "    ")
         for name, found in RECIPES.items()
     ]
-    where = "mnist and cifar10: add --data-dir DIR to train, or --dataset folder:DIR (see README)"
+    where = (
+        "mnist and cifar10: add --data-dir DIR to train, or --dataset folder:DIR "
+        "(docs/command_line.md, Data)"
+    )
     return "\n\n".join([*parts, where])
 
 

@@ -65,6 +65,8 @@ def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         torch.zeros(1, dtype=torch.float64, device=device)
     except Exception as error:  # each backend has its own way of not being there
         reason = str(error).split("\n")[0]
+        if reason.startswith("Expected one of"):
+            reason = "expected cpu, cuda, cuda:1, ..."
         raise ValueError(f"device {name!r} cannot be used: {reason}") from error
     return device
 

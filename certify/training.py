@@ -90,6 +90,10 @@ class Trainer:
         augment: Sequence[Augmentation] = (),
         ranks: Ranks = ALONE,
     ) -> None:
+        if not isinstance(data, ImageData):
+            raise ValueError(
+                f"expected ImageData(images, labels, classes), got {type(data).__name__}"
+            )
         self.model = model
         self.config = config
         self.epoch = 0

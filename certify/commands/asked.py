@@ -142,7 +142,11 @@ def _images_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.IntRange(min=1),
             help="The last N training images in place of the test images.",
         ),
-        click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images."),
+        click.option(
+            "--limit",
+            type=click.IntRange(min=1),
+            help="Only so many: the first ones, or of mnist-5k and folders the same random ones.",
+        ),
         click.option(
             "--eps",
             type=Epsilon(),

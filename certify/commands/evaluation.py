@@ -100,6 +100,10 @@ def evaluate(
             recorder.layers.clear()
             return recorder if record_path else partial(proven_norms, ranks=ranks)
 
+        if report_path:
+            Path(report_path).mkdir(parents=True, exist_ok=True)
+        if ranks.first:
+            click.echo(f"bounds by {method}, {tighten}")
         bounded = partial(_bounded, loaded, prover, method, tighten, asked.domain)
         certified = _in_arithmetic(bounded, precision, ranks)
         if record_path:
@@ -176,7 +180,11 @@ def _report(
     from certify.evaluation import evaluate as certify_data
     from certify.files import write_atomically
 
-    with closing(Progress(len(data), "image", shown=ranks.first)) as bar:
+    with ExitStack() as stack:
+        bars = [
+            stack.enter_context(closing(Progress(len(data), unit, shown=ranks.first)))
+            for unit in ("image", "attack")[: 1 if effort is None else 2]
+        ]
         try:
             return certify_data(
                 certified,
@@ -185,7 +193,8 @@ def _report(
                 batch_size=asked.batch_size,
                 certificate=certificate,
                 attack=effort,
-                on_batch=lambda count: bar.update(count * ranks.count),
+                on_batch=lambda count: bars[0].update(count * ranks.count),
+                on_attacked=lambda count: bars[-1].update(count * ranks.count),
                 ranks=ranks,
             )
         except BrokenCertificate as found:

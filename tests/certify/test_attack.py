@@ -162,5 +162,5 @@ def test_the_command_attacks_what_cannot_be_certified(run_folder: Path, tmp_path
     assert summary["attacked_accuracy"]["0.0"] == summary["clean_accuracy"]
     kept = [row["correct"] == "1" and float(row["attacked"]) > 0.5 for row in rows]
     assert summary["attacked_accuracy"]["0.5"] == sum(kept) / 20
-    assert "attacked at 0.5" in result.output
+    assert "withstood at 0.5" in result.output
     assert CliRunner().invoke(main, ["attack", *model, "--domain", "1,0"]).exit_code == 2
