@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from torch import nn
+from torch import Tensor, nn
 
 import models
 from certify import CertifiedModel
 from certify.attack import Adversary, Effort
+from certify.attack_report import attack_data
 from certify.attacked import BrokenCertificate, attack_all
 from certify.cli import main
+from certify.data import ImageData
 
 F64 = torch.float64
 
@@ -164,3 +166,14 @@ def test_the_command_attacks_what_cannot_be_certified(run_folder: Path, tmp_path
     assert summary["attacked_accuracy"]["0.5"] == sum(kept) / 20
     assert "withstood at 0.5" in result.output
     assert CliRunner().invoke(main, ["attack", *model, "--domain", "1,0"]).exit_code == 2
+
+
+def test_a_network_for_other_images_is_one_line() -> None:
+    class Fussy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[-1] == 224, "Wrong image height!"
+            return x.flatten(1)
+
+    data = ImageData(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"))
+    with pytest.raises(ValueError, match=r"of shape \(1, 2, 2\): Wrong image height!"):
+        attack_data(Fussy(), (1, 2, 2), data)

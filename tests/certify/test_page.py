@@ -141,3 +141,18 @@ def test_reports_that_are_none(tmp_path: Path, text: str) -> None:
     assert "cannot read the report" in result.output
     assert "Traceback" not in result.output
     assert invoke("compare", tmp_path / "a.json", "--name", "x", "--name", "y").exit_code == 2
+
+
+def test_folders_of_reports_are_compared(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        folder = tmp_path / name / "report"
+        folder.mkdir(parents=True)
+        radius = torch.tensor([0.5, 1.0], dtype=torch.float64)
+        found = Certificate(torch.tensor([0, 0]), radius)
+        report = Report(torch.tensor([0, 0]), found, (0.1,), 2.0, "lipschitz", 0.5)
+        (folder / "report.json").write_text(report.to_json())
+    compared = Comparison.of([tmp_path / "first", tmp_path / "second" / "report"])
+    assert list(compared.reports) == ["first", "second"]
+    (tmp_path / "rows.csv").write_text("idx,label")
+    with pytest.raises(ValueError, match="it is not what certify eval --json writes"):
+        Comparison.of([tmp_path / "rows.csv"])
