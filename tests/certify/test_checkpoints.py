@@ -74,7 +74,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 def test_missing(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.pt", tmp_path):
         with pytest.raises(
-            CheckpointError, match="no checkpoint at|is a folder; name the ckpt.pt in it"
+            CheckpointError, match=r"no checkpoint at|is a folder; name the ckpt\.pt in it"
         ):
             load_checkpoint(path)
 
