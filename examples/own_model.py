@@ -189,9 +189,11 @@ for name, normalised in (("margin, BatchNorm", True), ("margin, without", False)
     show(name, certified)
 
 # %% [markdown]
-# BatchNorm divides by a running deviation that follows the weights. The gradient of the bound
-# takes it for a constant, so that it shrinks weights without end that are scaled up again behind.
-# Leave BatchNorm out of networks that are trained by their bound.
+# The first of the two has come to nothing, and that is no accident. BatchNorm divides by a running
+# deviation that follows the weights. The gradient of the bound takes it for a constant, so that it
+# shrinks weights without end that are scaled up again behind. Within `certify.statistics.followed`,
+# as in `train`, the bound follows the batch's deviation instead. Networks without BatchNorm certify
+# more.
 #
 # `train` is the same as a function of its own, with schedules, augmentation and other losses.
 
