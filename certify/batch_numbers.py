@@ -8,7 +8,7 @@ and nothing else.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +28,20 @@ _FUNCTIONS = {
 """Functions, and the place where their sizes begin."""
 
 
+_BESIDE = {
+    torch.cat, torch.concat, torch.concatenate, operator.add, operator.sub, torch.add, torch.sub,
+    "to", "type_as", "contiguous", "clone", "double", "float", "add", "sub",
+}  # fmt: skip
+"""Where a constant with an entry for each sample may go: beside what depends on the input."""
+
+
 def refuse_batch_numbers(
     graph: fx.Graph, shapes: Mapping[fx.Node, Sequence[tuple[int, ...]]]
 ) -> None:
     """Refuse a graph that uses the number of samples but as the first size of a result.
+
+    A constant of such a size may be put beside what depends on the input, or added to it, and
+    nothing else: its sum, or a size of what it becomes, would be that number again.
 
     Args:
         graph: traced.
@@ -40,95 +50,111 @@ def refuse_batch_numbers(
     Raises:
         UnsupportedModel: naming the node.
     """
+    marks: dict[fx.Node, list[bool]] = {}  # of shapes, which of their entries are the number
     numbers: set[fx.Node] = set()
-    whole: set[fx.Node] = set()  # shapes, of which it is the first entry
-    varying: set[fx.Node] = set()  # what depends on the input
+    signals: set[fx.Node] = set()  # what depends on the input's values
+    made: set[fx.Node] = set()  # constants with an entry for each sample
     for n in graph.nodes:
-        if n.op != "placeholder" and not varying.intersection(n.all_input_nodes):
+        if n.op == "placeholder":
+            signals.add(n)
             continue
-        varying.add(n)
-        kind = _kind(n, shapes, whole)
-        if _is_size_of_samples(n):
+        used = set(n.all_input_nodes)
+        if not used & (signals | made | numbers | marks.keys()):
             continue
-        if kind is not None:
-            (numbers if kind == "number" else whole).add(n)
-        elif not _fits(n, numbers, whole):
+        if used & made and n.op != "output":
+            fits = n.target in _BESIDE and not used & (numbers | marks.keys())
+        else:
+            found = None if _is_size_of_samples(n) else _marks(n, shapes, marks, numbers)
+            if isinstance(found, list):
+                marks[n] = found
+            elif found:
+                numbers.add(n)
+            if found is not None or _is_size_of_samples(n):
+                continue
+            fits = _fits(n, numbers, marks)
+        if not fits:
             raise UnsupportedModel(
                 f"node {n.name!r} computes with the number of samples in a batch; it may only be "
                 "the first size of a result"
             )
+        (signals if used & signals else made).add(n)
 
 
-def _kind(
-    n: fx.Node, shapes: Mapping[fx.Node, Sequence[tuple[int, ...]]], whole: set[fx.Node]
-) -> str | None:
-    """Whether a node is the number itself, or a shape that begins with it."""
+def _marks(
+    n: fx.Node,
+    shapes: Mapping[fx.Node, Sequence[tuple[int, ...]]],
+    marks: Mapping[fx.Node, list[bool]],
+    numbers: set[fx.Node],
+) -> list[bool] | bool | None:
+    """Of a shape, which entries are the number; of a size, whether it is; of others ``None``."""
+    source: Any = n.args[0] if n.args else None
     if n.op == "call_method" and n.target in ("size", "numel", "nelement", "__len__"):
+        if source in marks:  # the product of a shape, or its length
+            return n.target != "__len__" and any(marks[source])
+        axes = len(shapes[source][0])
         axis = n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None)
         if n.target == "size" and axis is None:
-            return "whole"
-        (tensor,) = n.all_input_nodes
-        behind = isinstance(axis, int) and axis % max(1, len(shapes[tensor][0])) != 0
-        return None if behind else "number"
+            return [place == 0 for place in range(axes)]
+        return not (n.target == "size" and isinstance(axis, int) and axis % max(1, axes) != 0)
     if n.target is torch.numel:
-        return "number"
+        return True
     if n.target is getattr:
-        return "whole" if n.args[1] == "shape" else None
-    source = n.args[0] if n.op == "call_function" and n.args else None
-    if not isinstance(source, fx.Node) or source not in whole:
+        if n.args[1] == "shape":
+            return [place == 0 for place in range(len(shapes[source][0]))]
+        return False if n.args[1] in ("ndim", "dtype", "device") else None
+    if not isinstance(source, fx.Node) or source not in marks or n.op != "call_function":
         return None
     if n.target is operator.getitem:
-        length = len(_items(source, shapes))
-        index = n.args[1]
-        if isinstance(index, int):
-            return "number" if index % length == 0 else None
-        if isinstance(index, slice) and not any(isinstance(e, fx.Node) for e in _ends(index)):
-            places = range(length)[index]
-            if 0 not in places:
-                return None
-            return "whole" if places[0] == 0 else "number"
-        return "number"  # whose use is refused
-    added = n.target is operator.add and not _mentions(n.args[1], whole)
-    return "whole" if added else None
+        index: Any = n.args[1]
+        if isinstance(index, slice) and any(isinstance(end, fx.Node) for end in _ends(index)):
+            return True  # whose use is refused
+        return marks[source][index] if isinstance(index, int | slice) else True
+    if n.target is operator.add:
+        other: Any = n.args[1]
+        if isinstance(other, fx.Node):
+            return [*marks[source], *marks[other]] if other in marks else True
+        return [*marks[source], *(e in numbers or e in marks for e in _nodes_or_none(other))]
+    return None
+
+
+def _nodes_or_none(values: Any) -> list[Any]:
+    """The nodes of a sequence, and ``None`` for its numbers."""
+    if not isinstance(values, (tuple, list)):
+        return []
+    return [value if isinstance(value, fx.Node) else None for value in values]
 
 
 def _is_size_of_samples(n: fx.Node) -> bool:
     """Whether a node divides the number of a tensor's entries by that of its samples."""
-    if n.target is not operator.floordiv or len(n.all_input_nodes) != 2:
+    if n.target is not operator.floordiv or len(n.args) != 2 or len(n.all_input_nodes) != 2:
         return False
     entries, samples = n.all_input_nodes
-    shape = samples.args[0] if samples.target is operator.getitem else samples
-    first = samples.args[1:] == (0,) and isinstance(shape, fx.Node)
-    counted = entries.target in ("numel", torch.numel)
-    same = isinstance(shape, fx.Node) and shape.args[:1] == entries.args[:1]
-    return first and counted and same and n.args == (entries, samples)
-
-
-def _items(n: fx.Node, shapes: Mapping[fx.Node, Sequence[tuple[int, ...]]]) -> Sequence[Any]:
-    """As many entries as a shape has; a sum of shapes is given enough."""
-    source: Any = n
-    while source.target is operator.getitem:
-        source = source.args[0]
-    return shapes[source.args[0]][0] if source.target is not operator.add else range(64)
+    if n.args != (entries, samples) or entries.target not in ("numel", torch.numel):
+        return False
+    shape: Any = samples.args[0] if samples.target is operator.getitem else samples
+    whole = shape.target is getattr and shape.args[1] == "shape"
+    whole = whole or (shape.target == "size" and len(shape.args) == 1 and not shape.kwargs)
+    first = samples.target is operator.getitem and samples.args[1] == 0 and whole
+    first = first or (samples.target == "size" and samples.args[1:] == (0,))
+    return bool(first and shape.args[:1] == entries.args[:1])
 
 
 def _ends(index: slice) -> tuple[Any, Any, Any]:
     return index.start, index.stop, index.step
 
 
-def _mentions(value: Any, nodes: set[fx.Node]) -> bool:
+def _mentions(value: Any, nodes: Collection[fx.Node]) -> bool:
     found: list[bool] = []
     fx.node.map_arg(value, lambda used: found.append(used in nodes))
     return any(found)
 
 
-def _fits(n: fx.Node, numbers: set[fx.Node], whole: set[fx.Node]) -> bool:
+def _fits(n: fx.Node, numbers: set[fx.Node], marks: Mapping[fx.Node, list[bool]]) -> bool:
     """Whether a node uses the number as the first size of its result, if at all."""
-    either = numbers | whole
+    marked = {shape for shape, found in marks.items() if any(found)}
+    either = numbers | marked
     if not either.intersection(n.all_input_nodes):
         return True
-    if n.op == "call_function" and n.target is operator.getitem and n.args[0] in whole:
-        return not _mentions(n.args[1], either)  # a size behind the batch's
     if n.op == "call_method" and n.target in _METHODS:
         begin = 1
     elif n.op == "call_function" and n.target in _FUNCTIONS:
@@ -143,4 +169,8 @@ def _fits(n: fx.Node, numbers: set[fx.Node], whole: set[fx.Node]) -> bool:
     first, rest = sizes[0], sizes[1:]
     if isinstance(first, (tuple, list)):
         first, rest = first[0], [*first[1:], *rest]
-    return not _mentions(rest, either) and isinstance(first, fx.Node)
+    if _mentions(rest, either) or not isinstance(first, fx.Node):
+        return False
+    return first in numbers or (
+        first in marked and marks[first].index(True) == 0 and not any(marks[first][1:])
+    )

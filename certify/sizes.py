@@ -172,6 +172,10 @@ class _Numbers:
     def __int__(self) -> int:
         return self.__index__()
 
+    def __hash__(self) -> int:  # or a dict would decide by the symbol's identity
+        assert isinstance(self, Proxy)
+        return hash(_tracer(self).known(self))
+
 
 class _Symbol(_Numbers, Proxy):
     def __getattr__(self, name: str) -> Attribute:

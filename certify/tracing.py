@@ -197,9 +197,10 @@ def check_against_module(
         if module.training:
             raise UnsupportedModel(f"module {name or _ROOT!r} is in training mode despite eval()")
     checker = _Checker(root, graph=graph)
-    own = [*root.parameters(), *root.buffers()]
-    if any(isinstance(tensor, fx.Proxy) for tensor in own):  # left there by the trace
+    left = [value for module in root.modules() for value in module._buffers.values()]
+    if any(isinstance(value, fx.Proxy) for value in left):  # by the trace
         raise UnsupportedModel("the forward assigns its buffers")
+    own = [*root.parameters(), *root.buffers()]
     own += checker.constants()
     before = [(tensor._version, tensor.clone()) for tensor in own]
     with torch.no_grad(), without_tf32():

@@ -679,6 +679,19 @@ def test_the_size_of_the_batch_may_not() -> None:
         lambda self, x: torch.roll(self.linear(x), shifts=40) + 1e14,
         lambda self, x: self.linear(x).flip(0, 1) + 1e14,
         lambda self, x: self.linear(x).flip([1, 0]) + 1e14,
+        lambda self, x: self.linear(x) * jump(x.shape[:1][-1]),
+        lambda self, x: self.linear(x) * jump(x.size()[:1][-1:][0]),
+        lambda self, x: self.linear(x) * jump((x.shape + (3,))[-3]),  # noqa: RUF005
+        lambda self, x: self.linear(x) * jump((x.shape[1:] + (x.shape[0],))[-1]),  # noqa: RUF005
+        lambda self, x: self.linear(x) * jump(torch.ones((x.shape[0],)).sum()),
+        lambda self, x: self.linear(x) * jump(self.linear.bias[:1].expand(x.shape[0], -1).sum()),
+        lambda self, x: self.linear(x) * jump(self.linear.weight[:1].repeat(len_(x), 1).sum()),
+        lambda self, x: self.linear(x) * (1 + torch.ones((x.shape[0], 1))[5:].sum() * 100),
+        lambda self, x: self.linear(x) * jump(torch.zeros((x.shape[0], 3)).t().shape[1]),
+        lambda self, x: self.linear(x) * jump(torch.zeros((x.shape[0],))[None].shape[1]),
+        lambda self, x: self.linear(x) * jump(torch.zeros(x.shape[::-1]).shape[1]),
+        lambda self, x: self.linear(x) * jump(int(torch.zeros((len_(x), 3)).t().shape[1])),
+        lambda self, x: self.linear(x) * jump(quotient(torch.zeros((len_(x), 1)))),
     ],
 )
 def test_the_size_of_a_batch_may_not_be_computed_with(function: Callable[..., Any]) -> None:
@@ -697,6 +710,8 @@ def test_the_size_of_a_batch_may_not_be_computed_with(function: Callable[..., An
         lambda self, x: torch.cat([self.linear(x), self.linear.weight[:1].expand(len_(x), -1)], 1),
         lambda self, x: torch.cat([self.linear(x), self.linear.weight[:1].repeat(len_(x), 1)], 1),
         lambda self, x: self.linear(x) * x.shape[1] * self.linear.weight.shape[0],
+        lambda self, x: self.linear(x).view(-1, x.shape[1:].numel()),
+        lambda self, x: torch.cat([self.linear.weight[:1].expand(len_(x), -1) + 1.0, x], 1),
     ],
 )
 def test_the_size_of_a_batch_may_be_that_of_a_result(function: Callable[..., Any]) -> None:
@@ -707,6 +722,27 @@ def test_the_size_of_a_batch_may_be_that_of_a_result(function: Callable[..., Any
 
 def len_(x: Tensor) -> int:
     return x.shape[0]
+
+
+def jump(number: Any) -> Any:
+    return number // 6 * 100 + 1
+
+
+def quotient(constant: Tensor) -> Any:
+    return constant.numel() // constant.stride()[0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: self.linear(x) * {64: 100.0}.get(x.shape[0], 1.0),
+        lambda self, x: self.linear(x) * {(64, 4): 100.0}.get(tuple(x.shape), 1.0),
+        lambda self, x: self.linear(x) * (1.0 if x.shape[0] not in {64} else 100.0),
+    ],
+)
+def test_no_table_may_ask_for_the_size_of_a_batch(function: Callable[..., Any]) -> None:
+    with pytest.raises(UnsupportedModel, match="cannot be traced"):
+        CertifiedModel(forward(function)(), (4,))
 
 
 def test_parametrisations_of_the_original_survive() -> None:
