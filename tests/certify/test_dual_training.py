@@ -108,7 +108,7 @@ def test_resuming_continues_exactly(digits: ImageData, make: Callable[[], nn.Mod
 @pytest.mark.parametrize("loss", ["dual", "crt"])
 def test_refuses_networks_without_second_derivatives(digits: ImageData, loss: str) -> None:
     config = dataclasses.replace(CONFIG, loss=loss)
-    with pytest.raises(UnsupportedModel, match="second derivative"):
+    with pytest.raises(UnsupportedModel, match="have to be smooth"):
         Trainer(make(activation="relu"), digits, config)
 
 
