@@ -327,8 +327,8 @@ MUTANTS = [
     Mutant(
         "the number of samples may be computed with",
         "certify/batch_numbers.py",
-        "if not either.intersection(n.all_input_nodes):",
-        "if True:",
+        "fits = n.target in _BESIDE and not used & (numbers | marks.keys())",
+        "fits = True",
         "tests/certify/test_graph.py",
     ),
     Mutant(
