@@ -16,6 +16,7 @@ from certify import CertifiedModel, UnsupportedModel
 from certify.bounding import Bounding, merged
 from certify.graph import LipschitzGraph
 from certify.norms import NetworkEstimator, proven_norms
+from certify.tracing import agree
 
 
 class Layer(nn.Module):
@@ -655,6 +656,32 @@ def test_sizes_may_decide(function: Callable[..., Any]) -> None:
     torch.testing.assert_close(certified.logits(x), certified.model(x))
     change = (certified.logits(x) - certified.logits(y)).norm(dim=1) / (x - y).norm(dim=1)
     assert change.max().item() <= certified.lipschitz().item()
+
+
+@pytest.mark.parametrize("mask", [-1e30, torch.finfo(torch.float64).min])
+def test_a_masked_class_hides_no_difference_in_the_others(mask: float) -> None:
+    """A forward that does something else where it is traced, with a class that is masked."""
+
+    def masked(self: Layer, x: Tensor) -> Tensor:
+        y = self.linear(x) * (3.0 if type(x) is Tensor else 1.0)
+        return y.masked_fill(torch.arange(4) == 0, mask)
+
+    with pytest.raises(UnsupportedModel, match="traced graph does not compute"):
+        CertifiedModel(forward(masked)(), (4,))
+
+
+@pytest.mark.parametrize("mask", [-1e30, torch.finfo(torch.float64).min, -torch.inf])
+def test_agreement_is_of_each_class_beside_those_of_its_size(mask: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(5, 7, dtype=torch.float64)
+    rounded = logits * (1.0 + 1e-14 * torch.randn_like(logits))
+    changed = logits.clone()
+    changed[0, 1] += 1e-9
+    for hidden in ([], [0], [2, 3, 4, 5, 6]):
+        for x in (logits, rounded, changed):
+            x[:, hidden] = mask
+        assert agree(rounded, logits)
+        assert not agree(changed, logits)
 
 
 def test_the_size_of_the_batch_may_not() -> None:
