@@ -341,7 +341,7 @@ def _product_error(after: Weighted, before: Weighted, terms: int) -> Tensor:
     """Rounding of a product of weights, and what each of them is off by, times the other."""
     sizes = [_size(after), _size(before)]
     errors = [after.norm_error(), before.norm_error()]
-    rounding = product_bound(product_bound(*sizes), sizes[0].new_tensor(2.0 * gamma(terms)))
+    rounding = product_bound(product_bound(*sizes), sizes[0].new_full((), 2.0 * gamma(terms)))
     tiny = (1.0 + sizes[0]) * (1.0 + sizes[1]) * 2.0**-900  # what underflows in the products
     total = sum_bound(rounding, tiny)
     total = sum_bound(total, product_bound(errors[0], sum_bound(sizes[1], errors[1])))

@@ -196,7 +196,7 @@ def _pulls(signal: Signal, found: Sensitivity) -> tuple[Tensor, Tensor]:
     ends = step.curvature or (0.0, 0.0)
     low, high = found.ends()
     negative, positive = (-low).clamp_min(0.0), high.clamp_min(0.0)
-    least, most = -low.new_tensor(ends[0]), low.new_tensor(ends[1])
+    least, most = -low.new_full((), ends[0]), low.new_full((), ends[1])
     down = torch.maximum(product_bound(negative, most), product_bound(positive, least))
     up = torch.maximum(product_bound(positive, most), product_bound(negative, least))
     return down, up

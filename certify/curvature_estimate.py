@@ -55,13 +55,14 @@ class CurvatureEstimator(nn.Module):
         if call == len(self._vectors):
             start = torch.randn(len(factors), *shape, generator=self._generator)
             self._vectors.append(_unit(start.to(factors)))
-        vectors = self._vectors[call]
+        kept = self._vectors[call] = self._vectors[call].to(factors)
+        vectors = kept
         with torch.no_grad():
             for _ in range(iterations):
                 image = pull(push(vectors) * factors.square())
                 alive = image.flatten(1).norm(dim=1) > 0
                 vectors = torch.where(alive.reshape(-1, *[1] * len(shape)), _unit(image), vectors)
-            self._vectors[call] = vectors
+            kept.copy_(vectors)  # in its place, for a step that is replayed
         gains: Tensor = (push(vectors) * factors).flatten(1).norm(dim=1)
         return gains.to(torch.float64)
 
@@ -71,7 +72,7 @@ class CurvatureEstimator(nn.Module):
 
     def set_extra_state(self, state: list[Tensor]) -> None:
         """Take over the vectors of a checkpoint."""
-        self._vectors = list(state)
+        self._vectors = [vectors.clone() for vectors in state]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from certify.losses import own_class
 
 Network = Callable[[Tensor], Tensor]
 """From inputs ``(N, ...)`` to logits ``(N, C)``."""
@@ -84,7 +85,7 @@ def dual_points(
             by the margin and its gradient at ``x``; as in `certify.losses.emma_loss`, no sample
             is then asked for more than it can give.
     """
-    own = F.one_hot(labels, logits.shape[1]).bool()
+    own = own_class(labels, logits)
     others = logits.detach().masked_fill(own, -torch.inf).topk(classes, dim=1).indices
     label, other = labels.repeat_interleave(classes), others.flatten()
     start = x.detach().repeat_interleave(classes, dim=0)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, float | Tensor], Tensor]
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, margin_lipschitz: Tensor, epsilon: float
+    logits: Tensor, labels: Tensor, margin_lipschitz: Tensor, epsilon: float | Tensor
 ) -> Tensor:
     """Cross-entropy of the logits, for use beside a penalty; the last two arguments are ignored."""
     return F.cross_entropy(logits, labels)
@@ -29,7 +29,7 @@ def margin_loss(
     logits: Tensor,
     labels: Tensor,
     margin_lipschitz: Tensor,
-    epsilon: float,
+    epsilon: float | Tensor,
     *,
     temperature: float = 1.0,
 ) -> Tensor:
@@ -64,7 +64,7 @@ def emma_loss(
     logits: Tensor,
     labels: Tensor,
     margin_lipschitz: Tensor,
-    epsilon: float,
+    epsilon: float | Tensor,
     *,
     temperature: float = 1.0,
 ) -> Tensor:
@@ -94,11 +94,14 @@ def emma_loss(
     reach = _of_labels(margin_lipschitz, labels, logits)
     with torch.no_grad():
         margins = logits.gather(1, labels[:, None]) - logits
-        budget = (margins / reach.clamp_min(torch.finfo(reach.dtype).tiny)).clamp(0.0, epsilon)
+        largest = margins / reach.clamp_min(torch.finfo(reach.dtype).tiny)
+        budget = largest.clamp_min(0.0).clamp_max(epsilon)
     return F.cross_entropy((logits + budget * reach) / temperature, labels)
 
 
-def gloro_loss(logits: Tensor, labels: Tensor, margin_lipschitz: Tensor, epsilon: float) -> Tensor:
+def gloro_loss(
+    logits: Tensor, labels: Tensor, margin_lipschitz: Tensor, epsilon: float | Tensor
+) -> Tensor:
     """Cross-entropy with one more class, for what is not certified.
 
     Its logit is the largest that another class than the predicted one can reach, so that it wins
@@ -121,7 +124,7 @@ def gloro_trades_loss(
     logits: Tensor,
     labels: Tensor,
     margin_lipschitz: Tensor,
-    epsilon: float,
+    epsilon: float | Tensor,
     *,
     trade_off: float = 1.0,
 ) -> Tensor:
@@ -143,7 +146,7 @@ def annealing_loss(
     logits: Tensor,
     labels: Tensor,
     margin_lipschitz: Tensor,
-    epsilon: float,
+    epsilon: float | Tensor,
     *,
     temperature: float = 1.0,
     focus: float = 5.0,
@@ -181,7 +184,7 @@ def radius_loss(
     logits: Tensor,
     labels: Tensor,
     margin_lipschitz: Tensor,
-    epsilon: float,
+    epsilon: float | Tensor,
     *,
     temperature: float = 1.0,
     trade_off: float = 1.0,
@@ -200,14 +203,20 @@ def radius_loss(
     reach = _of_labels(margin_lipschitz, labels, logits)
     smoothing = temperature * epsilon / 10.0
     tiny = torch.finfo(reach.dtype).tiny ** 0.5
-    left_out = F.one_hot(labels, logits.shape[1]).bool() | (reach < tiny)  # the latter never move
+    left_out = own_class(labels, logits) | (reach < tiny)  # the latter never move
     if smoothing < tiny or bool(left_out.all()):
         return F.cross_entropy(logits, labels)
     radii = (logits.gather(1, labels[:, None]) - logits) / torch.where(left_out, 1.0, reach)
     never = torch.full_like(radii, torch.finfo(reach.dtype).max ** 0.5)
     radii = torch.where(left_out, torch.where(radii < 0, -never, never), radii)
     radius = -smoothing * (-radii / smoothing).logsumexp(dim=1)
-    return F.cross_entropy(logits, labels) - trade_off * radius.clamp(0.0, epsilon).mean()
+    radius = radius.clamp_min(0.0).clamp_max(epsilon)
+    return F.cross_entropy(logits, labels) - trade_off * radius.mean()
+
+
+def own_class(labels: Tensor, logits: Tensor) -> Tensor:
+    """Where logits ``(N, C)`` are those of the labels ``(N,)``; no device is waited for."""
+    return labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
 
 
 def _of_labels(margin_lipschitz: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
@@ -215,11 +224,11 @@ def _of_labels(margin_lipschitz: Tensor, labels: Tensor, logits: Tensor) -> Tens
     return margin_lipschitz.to(logits.dtype)[labels]
 
 
-def _bottom(logits: Tensor, margin_lipschitz: Tensor, epsilon: float) -> Tensor:
+def _bottom(logits: Tensor, margin_lipschitz: Tensor, epsilon: float | Tensor) -> Tensor:
     """The largest logit ``(N,)`` that another class than the predicted one can reach."""
     predicted = logits.argmax(dim=1)
     reached = logits + epsilon * _of_labels(margin_lipschitz, predicted, logits)
-    own = F.one_hot(predicted, logits.shape[1]).bool()
+    own = own_class(predicted, logits)
     return reached.masked_fill(own, -torch.inf).amax(dim=1)
 
 

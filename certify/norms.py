@@ -212,8 +212,8 @@ class NetworkEstimator(nn.Module):
         operators = bounding.operators()
         norms: Tensor = self._penalty(self._kernels(operators), iterations)
         gains = [operator.gain() for operator in operators]
-        if any(gain != 1.0 for gain in gains):
-            norms = norms * torch.tensor(gains, dtype=norms.dtype, device=norms.device)
+        if any(gain != 1.0 for gain in gains):  # as numbers: a device would wait for a tensor
+            norms = torch.stack([norm * gain for norm, gain in zip(norms, gains, strict=True)])
         known = dict(zip(operators, norms.to(torch.float64), strict=True))
         # A layer that is used twice is one operator a use.
         return NetworkEstimate(norms, bounding, known.__getitem__)

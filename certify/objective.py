@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from certify.curvature_estimate import HeadEstimate, HeadEstimator
 from certify.dual_training import dual_points, worst_logits
-from certify.losses import LOSSES
+from certify.losses import LOSSES, own_class
 from certify.norms import NetworkEstimate, NetworkEstimator
 from certify.signal import UnsupportedModel
 from certify.statistics import followed, is_normalised
@@ -79,13 +79,13 @@ class Objective:
         own = {"temperature": config.temperature, "trade_off": config.trade_off}
         self._loss_arguments = {name: value for name, value in own.items() if name in arguments}
 
-    def __call__(self, x: Tensor, labels: Tensor, epsilon: float) -> Outcome:
+    def __call__(self, x: Tensor, labels: Tensor, epsilon: float | Tensor) -> Outcome:
         """Compute the loss of a batch.
 
         Args:
             x: ``(N, *input_shape)``.
             labels: ``(N,)``.
-            epsilon: budget, now.
+            epsilon: budget, now; a number or a tensor ``()``.
 
         Raises:
             UnsupportedModel: the model does not return a tensor in training mode.
@@ -113,8 +113,8 @@ class Objective:
             if config.log_lipschitz_penalty:
                 loss = loss + config.log_lipschitz_penalty * whole.lipschitz().log()
         if config.curvature_penalty and smooth is not None:
-            own_class = F.one_hot(labels, logits.shape[1]).bool()
-            runner_up = logits.detach().masked_fill(own_class, -torch.inf).argmax(dim=1)
+            at_label = own_class(labels, logits)
+            runner_up = logits.detach().masked_fill(at_label, -torch.inf).argmax(dim=1)
             pairs = smooth.curvature[labels, runner_up]
             loss = loss + config.curvature_penalty * pairs.mean()
         found = whole or smooth
@@ -176,7 +176,7 @@ class Objective:
         worst = worst_logits(self._logits, x, logits, labels, curvature, epsilon, found)
         loss = F.cross_entropy(worst / config.temperature, labels)
         short = (found.shares < 1.0).any(dim=1, keepdim=True)  # of the budget: not certified
-        own = F.one_hot(labels, logits.shape[1]).bool()
+        own = own_class(labels, logits)
         return worst.masked_fill(own & short, -torch.inf), loss
 
     def state_dict(self) -> dict[str, Any]:

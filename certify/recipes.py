@@ -151,6 +151,7 @@ RECIPES: dict[str, Recipe] = {
             "epochs": 300,
             "max_minutes": 22.0,
             "lr": 1e-3,
+            "cuda_graph": True,
             "channels_last": True,
         },
         evaluation=_AT_CIFAR,
@@ -160,7 +161,7 @@ RECIPES: dict[str, Recipe] = {
         dataset="cifar10",
         model="liresnet",
         hyperparameters={"width": 512, "depth": [2, 4], "dense": [512, 512]},
-        training={**_CIFAR, "epochs": 800, "lr": 1e-3, "channels_last": True},
+        training={**_CIFAR, "epochs": 800, "lr": 1e-3, "cuda_graph": True, "channels_last": True},
         evaluation=_AT_CIFAR,
     ),
 }

@@ -101,7 +101,7 @@ def through_slopes(found: Sensitivity, low: float, high: float) -> Sensitivity:
     products = torch.stack([low * least, low * most, high * least, high * most])
     steepest = max(abs(low), abs(high))
     slack = 2.0 * UNIT_ROUNDOFF * products.abs().amax(dim=0) + TINY
-    norm = product_bound(found.norm, found.norm.new_tensor(steepest))
+    norm = product_bound(found.norm, found.norm.new_full((), steepest))
     return between(products.amin(dim=0) - slack, products.amax(dim=0) + slack, norm)
 
 

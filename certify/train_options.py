@@ -36,6 +36,7 @@ _HELP = {
     "curvature_penalty": "Weight of the curvature bound of label against runner-up.",
     "precision": "Of the network's products in training.",
     "compile": "Use torch.compile.",
+    "cuda_graph": "On one GPU, launch all kernels of a step at once.",
     "channels_last": "Memory format.",
     "hold_out": "Leave out so many of the last training images.",
     "seed": "Of weights, order, augmentation and power iteration.",

@@ -21,6 +21,7 @@ from certify.objective import Objective, Outcome
 from certify.optimisation import Clock, budget, learning_rate, make_optimizers
 from certify.ranks import ALONE, Ranks
 from certify.signal import UnsupportedModel
+from certify.step_graph import StepGraph
 from certify.training_config import TrainingConfig
 
 
@@ -111,7 +112,7 @@ class Trainer:
         _check_logits(model, pixels(self._images[:1]), self._labels)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._outcome: Callable[[Tensor, Tensor, float], Outcome] = self._objective
+        self._outcome: Callable[[Tensor, Tensor, float | Tensor], Outcome] = self._objective
         if ranks.count > 1:
             unused = _any_unused(model, pixels(self._images[:8]))
             self._outcome = DistributedDataParallel(
@@ -122,6 +123,9 @@ class Trainer:
             )
         self._optimizers = make_optimizers(config, trained)
         self._trained = trained
+        on_one_gpu = self._device.type == "cuda" and ranks.count == 1
+        graphed = config.cuda_graph and on_one_gpu
+        self._graph = StepGraph(self._gradients, trained) if graphed else None
         self._average: AveragedModel | None = None
         if config.ema:
             average = get_ema_multi_avg_fn(config.ema)
@@ -179,8 +183,7 @@ class Trainer:
             chosen = batches[index]
             if not self._ranks.first:  # whose own draws shall not be those of the first
                 torch.manual_seed(hash((self.config.seed, self.epoch, index, self._ranks.rank)))
-            with parametrize.cached():  # weights that are computed from others, once a step
-                found = self._step(chosen, done)
+            found = self._step(chosen, done)
             part.step = index + 1
             part.sums += torch.tensor(found, dtype=torch.float64) * len(chosen)
             part.seen += len(chosen)
@@ -210,19 +213,12 @@ class Trainer:
         epsilon = budget(config, done)
 
         x, labels, share = self._batch(chosen)
-        found = self._outcome(x, labels, epsilon)
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        # The gradients of several processes are averaged.
-        (found.loss * (share * self._ranks.count)).backward()
-        norm = nn.utils.clip_grad_norm_(self._trained, config.clip_norm or math.inf)
-        with torch.no_grad():
-            right = found.logits.argmax(dim=1) == labels
-            safe = right & (found.worst.argmax(dim=1) == labels)
-            means = found.loss, right.double().mean(), safe.double().mean(), found.lipschitz, norm
-            # All at once: it is the only time in a step that a device is waited for.
-            mean = torch.stack([mean.double() for mean in means]) * share
-            *metrics, size = self._ranks.total(mean).tolist()
+        if self._graph is not None and len(chosen) == config.batch_size:
+            means = self._graph(x, labels, epsilon)
+        else:  # the gradients of several processes are averaged
+            means = self._gradients(x, labels, epsilon, share * self._ranks.count)
+        # Here, and nowhere else in a step, a device is waited for.
+        *metrics, size = self._ranks.total(means * share).tolist()
         for name, value in (("loss", metrics[0]), ("gradient", size)):
             if not math.isfinite(value):
                 raise TrainingDiverged(
@@ -230,6 +226,22 @@ class Trainer:
                 )
         self._update()
         return metrics
+
+    def _gradients(
+        self, x: Tensor, labels: Tensor, epsilon: float | Tensor, weight: float = 1.0
+    ) -> Tensor:
+        """Leave gradients of the weighted loss; return four metrics and the gradients' norm."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        with parametrize.cached():  # weights that are computed from others, once a step
+            found = self._outcome(x, labels, epsilon)
+            (found.loss * weight).backward()
+        norm = nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm or math.inf)
+        with torch.no_grad():
+            right = found.logits.argmax(dim=1) == labels
+            safe = right & (found.worst.argmax(dim=1) == labels)
+            means = found.loss, right.double().mean(), safe.double().mean(), found.lipschitz, norm
+            return torch.stack([mean.double() for mean in means])
 
     def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor, float]:
         """Own images and labels of a batch, and which share of it they are."""
@@ -295,7 +307,7 @@ class _Whole(nn.Module):
         self.model = model
         self._objective = objective
 
-    def forward(self, x: Tensor, labels: Tensor, epsilon: float) -> Outcome:
+    def forward(self, x: Tensor, labels: Tensor, epsilon: float | Tensor) -> Outcome:
         """The outcome; only its loss has a gradient."""
         found = self._objective(x, labels, epsilon)
         rest = found.logits.detach(), found.worst.detach(), found.lipschitz.detach()

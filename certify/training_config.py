@@ -98,6 +98,7 @@ class TrainingConfig:
         precision: ``"bfloat16"`` to let the network's products be computed in that, which is
             several times faster where the machine has instructions for it.
         compile: let `torch.compile` make the network's forward and backward pass.
+        cuda_graph: on one GPU, launch all kernels of a step at once: faster where they are small.
         channels_last: store images and features with channels last, which some GPUs prefer.
         hold_out: so many of the last training images are left out, to choose settings on.
         seed: of the weights, the order of images, the augmentation and the power iteration.
@@ -129,6 +130,7 @@ class TrainingConfig:
     curvature_penalty: float = 0.0
     precision: str = "float32"
     compile: bool = False
+    cuda_graph: bool = False
     channels_last: bool = False
     hold_out: int = 0
     seed: int = 0

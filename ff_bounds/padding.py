@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ff_bounds.rounding import product_bound
@@ -178,4 +177,4 @@ def padded_bound(bound: Tensor, repeats: int) -> Tensor:
     if repeats == 1:
         return bound
     gain = math.nextafter(math.sqrt(repeats), math.inf)
-    return product_bound(bound, torch.tensor(gain, dtype=bound.dtype, device=bound.device))
+    return product_bound(bound, bound.new_full((), gain))

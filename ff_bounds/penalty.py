@@ -54,8 +54,12 @@ class PowerIterationPenalty(KernelEstimates):
         # no matrix of floating-point numbers but zero.
         count = height * width * c_in
         fresh = torch.arange(count, dtype=torch.float64).cos().reshape(height, width, 1, c_in)
+        columns = [(not a, not b) for a, b in kinds]
+        # As a buffer: a device would wait for a tensor that is made of numbers in each step.
+        copies = torch.tensor([_copies(kept, height, width) for kept in (kinds, columns)])
+        self.register_buffer(f"copies_{bucket}", copies, persistent=False)
         for name, vectors in (("right", start), ("restart", fresh.to(start).expand_as(start))):
-            _, unit = _normalized(vectors, [(not a, not b) for a, b in kinds])
+            _, unit = _normalized(vectors, columns, copies[1])
             self.register_buffer(f"{name}_{bucket}", unit, persistent=name == "right")
 
     def _values(self, kernels: Tensor, bucket: int, iterations: int) -> Tensor:
@@ -84,9 +88,10 @@ class PowerIterationPenalty(KernelEstimates):
         restart = cast(Tensor, getattr(self, f"restart_{bucket}")).to(precision)
         rows = _KEPT_BY_ROWS[: right.shape[-2]]
         columns = [(not a, not b) for a, b in rows]
+        copies = cast(Tensor, getattr(self, f"copies_{bucket}"))
         for _ in range(iterations):
-            _, left = _normalized(right @ taps.mT, rows)
-            norms, image = _normalized(left @ taps, columns)
+            _, left = _normalized(right @ taps.mT, rows, copies[0])
+            norms, image = _normalized(left @ taps, columns, copies[1])
             right = torch.where(norms > 0, image, restart)
         right_buffer.copy_(right)
 
@@ -105,12 +110,20 @@ class PowerIterationPenalty(KernelEstimates):
 _KEPT_BY_ROWS = ((False, False), (True, False), (False, True), (True, True))
 
 
-def _normalized(products: Tensor, kept: Sequence[tuple[bool, bool]]) -> tuple[Tensor, Tensor]:
+def _copies(kept: Sequence[tuple[bool, bool]], height: int, width: int) -> list[int]:
+    """Over how many taps a block is repeated, for each unfolding."""
+    return [(1 if a else height) * (1 if b else width) for a, b in kept]
+
+
+def _normalized(
+    products: Tensor, kept: Sequence[tuple[bool, bool]], copies: Tensor
+) -> tuple[Tensor, Tensor]:
     """Sum tap products into the vectors of each unfolding, and scale those to length one.
 
     Args:
         products: ``(layers, groups, h, w, unfoldings, n)``.
         kept: for each unfolding, whether its blocks keep the axes ``h`` and ``w`` apart.
+        copies: `_copies` of these.
 
     Returns:
         Norms ``(layers, groups, 1, 1, unfoldings, 1)``, and unit vectors with their blocks repeated
@@ -124,9 +137,7 @@ def _normalized(products: Tensor, kept: Sequence[tuple[bool, bool]]) -> tuple[Te
     # Largest entry first: the squares of tiny or huge entries would underflow or overflow.
     largest = repeated.abs().amax(dim=(2, 3, 5), keepdim=True)
     repeated = repeated / torch.where(largest > 0, largest, 1.0)
-    height, width = products.shape[2:4]
-    copies = [(1 if a else height) * (1 if b else width) for a, b in kept]
-    root = torch.tensor(copies, dtype=repeated.dtype, device=repeated.device).sqrt()[:, None]
+    root = copies.to(repeated.dtype).sqrt()[:, None]
     norm = torch.linalg.vector_norm(repeated, dim=(2, 3, 5), keepdim=True) / root
     alive = largest > 0  # false for zero and for NaN
     return torch.where(alive, largest * norm, 0.0), torch.where(alive, repeated / norm, 0.0)

@@ -167,10 +167,12 @@ def _phases(
     chosen: Tensor, frequencies: Sequence[int], size: Sequence[int], taps: Sequence[int]
 ) -> Tensor:
     """``exp(2 pi i f.t)`` for each tap, at places ``(layers,)`` of a flattened spectrum."""
+    indices = []
+    for count in reversed(frequencies):  # not unravel_index, which makes a device wait for sizes
+        indices.append(chosen % count)
+        chosen = chosen // count
     angle = torch.zeros(len(chosen), 1, dtype=torch.float64, device=chosen.device)
-    for index, points, length in zip(
-        torch.unravel_index(chosen, tuple(frequencies)), size, taps, strict=True
-    ):
+    for index, points, length in zip(reversed(indices), size, taps, strict=True):
         steps = torch.arange(length, dtype=torch.float64, device=chosen.device) / points
         angle = angle[:, :, None] + 2.0 * math.pi * index[:, None, None] * steps
         angle = angle.flatten(1)

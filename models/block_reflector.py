@@ -69,7 +69,9 @@ class BlockReflectorConv2d(nn.Module):
         gram = spectrum.mH @ spectrum
         mean = gram.diagonal(dim1=1, dim2=2).real.mean()
         identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        factor = torch.linalg.cholesky(gram + (_SHARE * mean + _LEAST) * identity)
+        # A device is not waited for: of what cannot be factorised all becomes NaN.
+        factor, failed = torch.linalg.cholesky_ex(gram + (_SHARE * mean + _LEAST) * identity)
+        factor = torch.where(failed[:, None, None] == 0, factor, torch.nan)
         rows = torch.linalg.solve_triangular(factor, spectrum.mH, upper=False)
         identity = torch.eye(spectrum.shape[1], dtype=gram.dtype, device=gram.device)
         reflectors: Tensor = identity - 2.0 * rows.mH @ rows
