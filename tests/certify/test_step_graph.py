@@ -103,7 +103,6 @@ def strided_network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode="reflect"),
-        nn.BatchNorm2d(4),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(64, 4),
@@ -161,10 +160,20 @@ def test_replayed_steps_are_those_that_are_launched(
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
 
 
-def test_a_step_that_waits_is_launched_as_before(memory: list[Tensor]) -> None:
-    config = dataclasses.replace(RAMP, loss="crm")
-    launched = Trainer(lipschitz_network(), images(), config)
-    replayed = graphed(Trainer(lipschitz_network(), images(), config), memory)
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [
+        (strided_network, "crm"),  # asks whether there is any budget
+        (lambda: nn.Sequential(strided_network(), nn.BatchNorm1d(4)), "emma"),  # may it be merged?
+    ],
+    ids=str,
+)
+def test_a_step_that_waits_is_launched_as_before(
+    make: Callable[[], nn.Module], loss: str, memory: list[Tensor]
+) -> None:
+    config = dataclasses.replace(RAMP, loss=loss)
+    launched = Trainer(make(), images(), config)
+    replayed = graphed(Trainer(make(), images(), config), memory)
     with pytest.warns(UserWarning, match="captured in a CUDA graph: not permitted when.*dense$"):
         found = trained(replayed)
     for one, other in zip(trained(launched), found, strict=True):
