@@ -75,7 +75,7 @@ _MNIST = {
     "augment": "none",
     "loss": "emma",
     "method": "supremum",
-    "precision": "bfloat16",
+    "precision": "auto",
 }
 
 _AT_MNIST = "--method best --eps 0.3 --eps 0.5 --eps 1.58 --attack"
@@ -90,7 +90,7 @@ _CIFAR = {
     "epsilon": 84 / 255,
     "epsilon_start": 4 / 255,
     "method": "supremum",
-    "precision": "bfloat16",
+    "precision": "auto",
 }
 
 _AT_CIFAR = "--method best --eps 36/255 --eps 72/255 --eps 108/255 --eps 1 --attack"

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from certify.ranks import ALONE, Ranks
 from certify.signal import UnsupportedModel
 from certify.step_graph import StepGraph
 from certify.training_config import TrainingConfig
+from certify.training_precision import chosen_precision
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 - the name says what happened
@@ -78,6 +79,9 @@ class Trainer:
         ranks: processes that train the same network on the same data, each with a share of every
             batch; ``run_epoch`` and ``load_state_dict`` are calls that all have to make.
 
+    Attributes:
+        precision: in which the network's products are computed, ``"float32"`` or ``"bfloat16"``.
+
     Raises:
         UnsupportedModel: a network that could not be certified afterwards.
         ValueError: an image size that does not fit the model.
@@ -108,7 +112,11 @@ class Trainer:
         self._device = trained[0].device
         self._images = data.images.to(self._device)
         self._labels = data.labels.to(self._device)
-        self._objective = Objective(model, data.input_shape, config)
+        slow = chosen_precision(config.precision, self._device) == "float32"
+        (any_slow,) = ranks.largest(float(slow))
+        self.precision = "float32" if any_slow else "bfloat16"
+        chosen = replace(config, precision=self.precision)
+        self._objective = Objective(model, data.input_shape, chosen)
         _check_logits(model, pixels(self._images[:1]), self._labels)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

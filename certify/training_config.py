@@ -25,7 +25,7 @@ OPTIMIZERS = ("adam", "nadam", "adamw", "sgd", "muon")
 
 SCHEDULES = ("cosine", "linear", "constant")
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "auto")
 
 METHODS = ("fantastic_four", "supremum")
 """Bounds of convolutions that training follows; keys of `certify.norms.PENALTIES`."""
@@ -96,7 +96,8 @@ class TrainingConfig:
         log_lipschitz_penalty: weight of the logarithm of the network's Lipschitz constant.
         curvature_penalty: weight of the curvature bound of label against runner-up.
         precision: ``"bfloat16"`` to let the network's products be computed in that, which is
-            several times faster where the machine has instructions for it.
+            several times faster where the machine has instructions for it, and far slower where it
+            has none; ``"auto"`` for the faster one.
         compile: let `torch.compile` make the network's forward and backward pass.
         cuda_graph: on one GPU, launch all kernels of a step at once: faster where they are small.
         channels_last: store images and features with channels last, which some GPUs prefer.

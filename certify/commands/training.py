@@ -73,6 +73,8 @@ def train(
         bars: list[Progress] = []
 
         def start(trainer: Trainer) -> None:
+            if config.precision == "auto":
+                click.echo(f"the faster precision here: {trainer.precision}")
             total = config.epochs * trainer.steps_per_epoch
             bar = Progress(total, "step", done=trainer.steps, leave=True)
             bars.append(stack.enter_context(closing(bar)))

@@ -23,6 +23,7 @@ from certify import (
     optimisation,
     train,
     training,
+    training_precision,
 )
 from certify.augmentation import augmentations, shift
 from certify.checkpoints import Checkpoint
@@ -115,6 +116,29 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(digits: ImageData) -> N
         trainer.run_epoch()
     for name, value in weights(trainer.model).items():
         assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(("slower", "expected"), [(100.0, "float32"), (0.4, "bfloat16")])
+def test_the_faster_precision_is_taken(
+    slower: float, expected: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {torch.float32: 1.0, torch.bfloat16: slower}
+    monkeypatch.setattr(training_precision, "_seconds", seconds.__getitem__)
+    found = []
+    for precision in (expected, "auto"):
+        config = TrainingConfig(epochs=1, batch_size=64, precision=precision)
+        trainer = Trainer(make(), small(digits), config)
+        assert trainer.precision == expected
+        trainer.run_epoch()
+        found.append(weights(trainer.model))
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value)
+
+
+def test_precisions_are_timed_where_there_is_no_gpu() -> None:
+    cpu = torch.device("cpu")
+    assert training_precision.chosen_precision("auto", cpu) in ("float32", "bfloat16")
+    assert training_precision.chosen_precision("auto", torch.device("meta")) == "float32"
 
 
 def test_batch_norm_trains_under_the_margin_loss() -> None:
