@@ -58,9 +58,7 @@ class CertifiedModel:
     computes the logits is paid for, as far as `rounding_is_known`; else it is not (about 1e-13
     relative). With a ``precision``, the radii hold for what a machine computes in that arithmetic
     (`certify.precision` says what is assumed of it), here and at perturbed inputs that are numbers
-    of it, or of float32 where it is coarser. Not included, in ``"curvature"`` and ``"dual"``
-    certificates, is the rounding in float64 of gradients, of values at points other than the
-    input, and of the features that a smooth head on a backbone starts from.
+    of it, or of float32 where it is coarser.
 
     Args:
         model: a module that maps ``(N, *input_shape)`` to logits ``(N, C)``, or a program of
@@ -142,15 +140,20 @@ class CertifiedModel:
             return False
         return True
 
-    def check_rounding(self) -> None:
-        """Refuse a network of which it is not known how much the pass for its logits rounds.
+    def check_rounding(self, certificate: str = "lipschitz") -> None:
+        """Refuse a network of which it is not known how much what is computed of it rounds.
+
+        That is its logits, and with ``"curvature"`` and ``"dual"`` their gradients as well.
 
         Raises:
             UnknownRounding: naming the operation.
+            UnsupportedModel: a certificate that the network does not have.
         """
         start = torch.zeros(1, *self.input_shape, dtype=torch.float64, device=self._device)
         one = None if self.precision is None else start.new_ones(1)
         self._allowance(start, start.new_zeros(1).long(), one)
+        if certificate in ("curvature", "dual"):
+            self.smooth.check_rounding()
 
     def _norms(self, operators: Sequence[Weighted]) -> Norms:
         """Norms of operators, as far as they are not proven already."""
@@ -226,7 +229,11 @@ class CertifiedModel:
         """
         tighten = "join" if self.tighten == "balance" else self.tighten
         head = smooth_head(self._graph, self._output, self._unscaled, self.method, tighten)
-        return SmoothRadii(head, self.method)
+        known = self._rounding if self.rounding_is_known else None
+        found = SmoothRadii(head, self.method, known)
+        if self.precision is not None:
+            found.check_rounding()
+        return found
 
     def curvature(self) -> Tensor:
         """Proven bounds ``K (C, C)`` of second derivatives, float64; see `curvature_bound`.

@@ -43,6 +43,10 @@ from ff_bounds.rounding import UNIT_ROUNDOFF, gamma
 Margins = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From points ``(M, ...)`` and classes ``y, t (M,)`` to ``f = logit_y - logit_t`` and gradients."""
 
+Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From distances ``(N,)`` to bounds of what rounding can do to all ``f (N, C)`` and their gradients
+``(N,)`` at points that are no farther from the samples."""
+
 STEPS = 11
 """Of the iteration, for each class: 99 forward-backward passes for ten classes."""
 
@@ -97,7 +101,13 @@ def margins_of(model: nn.Module, dtype: torch.dtype = torch.float64) -> Margins:
 
 
 def proven_radius(
-    square: Tensor, inner: Tensor, slope: Tensor, margin: Tensor, curvature: Tensor, entries: int
+    square: Tensor,
+    inner: Tensor,
+    slope: Tensor,
+    margin: Tensor,
+    curvature: Tensor,
+    entries: int,
+    error: Tensor | float = 0.0,
 ) -> Tensor:
     r"""Radius that one point proves, by the best ``eta``.
 
@@ -108,6 +118,7 @@ def proven_radius(
     has to be rounded: each inner product of vectors with ``n`` entries, themselves rounded
     once, is off by at most ``gamma_{n+4}`` times the product of the norms. What underflows is below
     ``n 2^-1000``, and enters times ``eta^2 / (1 - eta K)`` at most, which is kept below ``2^810``.
+    Where ``g`` is off by ``e`` at most, ``|delta + eta g|`` is larger by ``eta e`` at most.
 
     Args:
         square: ``|u - x|^2``.
@@ -116,6 +127,7 @@ def proven_radius(
         margin: ``f(u)``.
         curvature: ``K >= 0``, may be infinite.
         entries: number of entries of ``x``.
+        error: bound of the L2 error of ``grad f(u)``.
 
     Returns:
         Radii of the same shape, zero where nothing is proven.
@@ -130,10 +142,11 @@ def proven_radius(
     left = (1.0 - eta * most) - 4.0 * UNIT_ROUNDOFF
     residual = (square + 2.0 * eta * inner + eta * slope * eta).clamp_min(0.0)
     off = 2.0 * gamma(entries + 8) * (square.sqrt() + eta * slope.sqrt()).square()
-    parts = (0.5 * square, eta * margin, (residual + off) / (2.0 * left))
+    length = (residual + off).sqrt() + eta * error
+    parts = (0.5 * square, eta * margin, length.square() / (2.0 * left))
     sizes = parts[0] + parts[1].abs() + parts[2]
     underflow = entries * 2.0**-180
-    value = parts[0] + parts[1] - parts[2] - (gamma(entries + 8) * sizes + off + underflow)
+    value = parts[0] + parts[1] - parts[2] - (gamma(entries + 16) * sizes + off + underflow)
     radius = (2.0 * value.clamp_min(0.0)).sqrt() * (1.0 - 8.0 * UNIT_ROUNDOFF)
     sound = torch.isfinite(radius) & torch.isfinite(curvature) & (left > 0) & (eta < 2.0**400)
     return torch.where(sound, radius, 0.0)
@@ -146,6 +159,7 @@ def dual_bounds(
     curvature: Tensor,
     *,
     allowance: Tensor | None = None,
+    rounding: Rounding | None = None,
     steps: int = STEPS,
     early_exit: bool = True,
     batch: int = 1024,
@@ -158,6 +172,7 @@ def dual_bounds(
         logits: ``(N, C)`` at ``x``.
         curvature: ``(C, C)``, see `certify.curvature.curvature_bound`.
         allowance: ``(N, C)``, by how much the margins that count are smaller than these.
+        rounding: of the values and gradients that ``margins`` computes; ``None`` for none.
         steps: most forward-backward passes for each class.
         early_exit: stop with a class that cannot have the smallest radius, as what is proven for it
             already is above all that could be proven for another one.
@@ -179,7 +194,7 @@ def dual_bounds(
         if not len(state.sample):
             break
         passes += len(state.sample)
-        state.step(margins, batch)
+        state.step(margins, batch, rounding)
         where = (state.sample, state.other)
         lower[where] = state.lower
         upper[where] = state.upper
@@ -207,6 +222,8 @@ class Iteration:
     before: Tensor
     gradient: Tensor
     allowance: Tensor
+    off: Tensor
+    error: Tensor
 
     @staticmethod
     def start(
@@ -231,6 +248,8 @@ class Iteration:
             before=nothing,
             gradient=nothing.clone(),
             allowance=zero.clone(),
+            off=zero.clone(),
+            error=zero.clone(),
         )
 
     def chosen(self, which: Tensor) -> Iteration:
@@ -240,8 +259,16 @@ class Iteration:
         names = [name for name in self.__dataclass_fields__ if name != "x"]
         return Iteration(self.x, **{name: getattr(self, name)[which] for name in names})
 
-    def step(self, margins: Margins, batch: int) -> None:
+    def step(self, margins: Margins, batch: int, rounding: Rounding | None = None) -> None:
         """Evaluate all points, prove what they prove and move them."""
+        self.error = torch.zeros_like(self.lower)
+        self.off = torch.zeros_like(self.lower)
+        if rounding is not None:
+            moved = (self.u - self.x[self.sample].flatten(1)).norm(dim=1) * (1.0 + 1e-9)
+            farthest = moved.new_zeros(len(self.x)).scatter_reduce(0, self.sample, moved, "amax")
+            farthest = farthest + 2.0**-400  # squares that underflow
+            values, gradients = rounding(farthest)
+            self.off, self.error = values[self.sample, self.other], gradients[self.sample]
         for part in torch.arange(len(self.sample), device=self.x.device).split(batch):
             self._step(part, margins)
 
@@ -256,8 +283,10 @@ class Iteration:
         square, slope = delta.square().sum(dim=1), gradient.square().sum(dim=1)
         inner = (delta * gradient).sum(dim=1)
         curvature = self.curvature[part]
-        counted = value - self.allowance[part]
-        found = proven_radius(square, inner, slope, counted, curvature, x.shape[1])
+        counted = value - self.allowance[part] - self.off[part]
+        found = proven_radius(
+            square, inner, slope, counted, curvature, x.shape[1], self.error[part]
+        )
         self.lower[part] = torch.maximum(self.lower[part], found)
         seen = torch.where(value <= 0, square.sqrt(), torch.inf)
         self.upper[part] = torch.minimum(self.upper[part], seen)

@@ -22,6 +22,7 @@ from certify.certified_model import CertifiedModel, check_floating
 from certify.curves import Curve
 from certify.data import ImageData, pixels
 from certify.ranks import ALONE, Ranks
+from certify.signal import UnknownRounding
 
 _Result = TypeVar("_Result")
 
@@ -349,7 +350,7 @@ def evaluate(
         costs={kind: times[kind] / times["logits"] for kind in asked if times["logits"]},
         passes=passes / len(labels) if "dual" in kinds else None,
         attack=attacked,
-        precision=_arithmetic(certified),
+        precision=_arithmetic(certified, kinds),
         index=index,
     )
 
@@ -375,10 +376,16 @@ def _batches(data: ImageData | Batches, size: int) -> Iterator[tuple[Tensor, Ten
         yield inputs, labels
 
 
-def _arithmetic(certified: CertifiedModel) -> str:
+def _arithmetic(certified: CertifiedModel, kinds: Sequence[str]) -> str:
+    """What the radii are about."""
     if certified.precision is not None:
         return certified.precision.name
-    return "exact" if certified.rounding_is_known else "exact beyond the logits"
+    try:
+        for kind in kinds:
+            certified.check_rounding(kind)
+    except UnknownRounding:
+        return "exact beyond the logits"
+    return "exact"
 
 
 def check_batch(

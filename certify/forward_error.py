@@ -108,12 +108,17 @@ class ForwardError:
             ``(N,)`` each: of the machine's logits at such inputs, and of those of the float64 pass
             at ``x``.
         """
-        here, there = self._walked(x, radius, precision)
+        here, there = self.walked(x, radius, precision)
         return there.carried[self.output], here.carried[self.output]
 
     def errors_at(self, x: Tensor) -> dict[tuple[fx.Node, int], Tensor]:
         """Bound the L2 errors ``(N,)`` of all tensors of the float64 pass at ``x``."""
-        return self._walked(x, None, None)[0].errors
+        return self.walked(x, None, None)[0].errors
+
+    def error_of(self, signal: Signal, x: Tensor) -> Tensor:
+        """Bound the L2 error ``(N,)`` of one tensor of the float64 pass at ``x``."""
+        (here,) = self.walked(x, None, None)
+        return self.carry(signal, dict(here.carried), here.sizes)
 
     def margin_bounds(
         self,
@@ -141,9 +146,12 @@ class ForwardError:
             ``(N, C)``, for ``logit[class] - logit[j]``, of the machine's logits and those of the
             float64 passes together.
         """
+        here, *there = self.walked(x, radius, precision)
+        return self.margins([here] * passes + there, classes)
+
+    def margins(self, walks: Sequence[_Walk], classes: Tensor) -> Tensor:
+        """Bound the errors of the differences of logits in several passes together, ``(N, C)``."""
         step, count = self.output.step, self.output.shape[1]
-        here, *there = self._walked(x, radius, precision)
-        walks = [here] * passes + there
         matrix = isinstance(step, Affine) and isinstance(step.operator, Matrix)
         if not matrix or self.output.origin is not None:  # whose products are not the last step
             total = sum_of([walk.carried[self.output] for walk in walks])
@@ -156,7 +164,7 @@ class ForwardError:
         pairs = product_bound(step.operator.row_difference_bound()[classes], features[:, None])
         return round_up(pairs + 2.0**0.5 * local[:, None], 5)
 
-    def _walked(
+    def walked(
         self, x: Tensor, radius: Tensor | None, precision: Precision | None
     ) -> tuple[_Walk, ...]:
         """Walk at the samples and, on a machine that rounds, in the balls around them."""
@@ -234,7 +242,7 @@ class _Walk(fx.Interpreter):
         self._exact = exact
         self._fixed = {n for n in graph.graph.nodes if n not in owner.operations}
         self.sizes: dict[Signal, Tensor] = {}  # of the exact tensors, and of those computed
-        self._computed: dict[Signal, Tensor] = {}  # of the latter
+        self.computed: dict[Signal, Tensor] = {}  # of the latter
         self._entries: dict[Signal, int] = {}
         self.carried: dict[Signal, Tensor] = {}
         self.added: dict[Signal, Tensor] = {}
@@ -260,7 +268,7 @@ class _Walk(fx.Interpreter):
                     arguments,
                     options,
                     signal,
-                    sum_of([self._computed[source] for source in operation.sources]),
+                    sum_of([self.computed[source] for source in operation.sources]),
                     size,
                     self._constant((n, place), operation, signal),
                     (sum(entries.values()), count),
@@ -328,7 +336,7 @@ class _Walk(fx.Interpreter):
         computed: Tensor,
     ) -> None:
         """Several nodes may stand for one signal, as where a constant is added: the largest."""
-        found = ((self.carried, error), (self.sizes, size), (self._computed, computed))
+        found = ((self.carried, error), (self.sizes, size), (self.computed, computed))
         for known, new in found:
             known[signal] = torch.maximum(known[signal], new) if signal in known else new
         self.errors[place] = self.carried[signal]

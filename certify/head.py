@@ -34,12 +34,17 @@ class SmoothHead:
         bound: Lipschitz bounds of it.
         backbone: from inputs to features, or ``None`` where these are the same.
         lipschitz: proven bound of the backbone, a float64 scalar.
+        features: what enters it, as a tensor of the whole network.
+        graph, output: the head itself, and its result.
     """
 
     model: nn.Module
     bound: NetworkBound
     backbone: nn.Module | None
     lipschitz: Tensor
+    features: Signal
+    graph: LipschitzGraph
+    output: Signal
 
 
 def smooth_head(
@@ -61,11 +66,13 @@ def smooth_head(
     one = torch.ones((), dtype=torch.float64, device=graph.device)
     before, after = graph.split(cut.node)
     if isinstance(cut.step, Input):
-        return SmoothHead(after, whole, None, one)
+        return SmoothHead(after, whole, None, one, cut, graph, output)
     start = proven_walk(LipschitzGraph(before, graph.input_shape, graph.domain))
-    end = LipschitzGraph(after, cut.shape[1:]).walk()
+    head = LipschitzGraph(after, cut.shape[1:])
+    end = head.walk()
     lipschitz = bound_network(start, method, tighten).lipschitz
-    return SmoothHead(after, bound_network(end, method, tighten), before, lipschitz)
+    bound = bound_network(end, method, tighten)
+    return SmoothHead(after, bound, before, lipschitz, cut, head, end)
 
 
 def cut_before_head(output: Signal) -> Signal:

@@ -12,6 +12,7 @@ from certify.rules.registry import ROUNDINGS
 from certify.rules.rounding import BY_OPERATOR, Call
 from certify.signal import Affine, Signal, UnknownRounding, Wrapping
 from certify.tracing import kind_of, label_of
+from models import Normalize
 
 
 class Operation:
@@ -39,6 +40,16 @@ class Operation:
         self._starts = n.op == "placeholder"
         self._key, self._name = operation_of(root, n)
         self._label = label_of(n)
+
+    def __str__(self) -> str:
+        return f"node {self._label} ({self._name})"
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether torch itself does it, and computes its gradient."""
+        module = str(getattr(self._key, "__module__", "") or "")
+        torchs = module.split(".")[0] in ("torch", "_operator", "builtins")
+        return isinstance(self._key, str) or torchs or self._key is Normalize
 
     def rounding(self, call: Call) -> Tensor:
         """How much it can round; raises `UnknownRounding` where that is not known."""

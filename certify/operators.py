@@ -298,6 +298,11 @@ class Convolution(_Weighted):
             bound = padded_bound(lattice, repeats)
         return sum_bound(bound, padded_bound(self.norm_error(), repeats))
 
+    @property
+    def repeats(self) -> int:
+        """How many copies of an entry padding can make."""
+        return self._padding_effect()[1]
+
     def _padding_effect(self) -> tuple[tuple[int, ...], int]:
         if self.adjoint or self.input_size is None:
             return self.stride, 1

@@ -105,7 +105,7 @@ def evaluate(
         if ranks.first:
             click.echo(f"bounds by {method}, {tighten}")
         bounded = partial(_bounded, loaded, prover, method, tighten, asked.domain)
-        certified = _in_arithmetic(bounded, precision, ranks)
+        certified = _in_arithmetic(bounded, precision, certificate, ranks)
         if record_path:
             certified.check_rounding()
         report = _report(asked, certified, data, certificate, effort() if attack else None, ranks)
@@ -154,13 +154,18 @@ def _bounded(
 
 
 def _in_arithmetic(
-    bounded: Callable[[str | None], CertifiedModel], precision: str | None, ranks: Ranks
+    bounded: Callable[[str | None], CertifiedModel],
+    precision: str | None,
+    certificate: str,
+    ranks: Ranks,
 ) -> CertifiedModel:
     """The network in the arithmetic asked for; else in float64, or what is known about."""
     from certify.signal import UnknownRounding
 
     try:
-        return bounded(precision or "float64")
+        found = bounded(precision or "float64")
+        found.check_rounding(certificate)
+        return found
     except UnknownRounding as reason:
         if precision is not None:
             raise

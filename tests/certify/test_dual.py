@@ -175,7 +175,8 @@ def test_early_exit_keeps_the_smallest_radius() -> None:
     assert early.passes < full.passes <= 50 * 99
     smallest = full.lower.amin(dim=1)
     assert smallest.min() > 1e-6
-    assert torch.allclose(early.lower.amin(dim=1), smallest, rtol=1e-12, atol=0.0)
+    # Points of other classes are farther away, and pay for more rounding.
+    assert torch.allclose(early.lower.amin(dim=1), smallest, rtol=1e-9, atol=0.0)
 
 
 def test_ties_and_numbers_that_are_none() -> None:

@@ -1,0 +1,247 @@
+"""Rounding of values and gradients of smooth networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import models
+from certify import CertifiedModel, UnsupportedModel, lipschitz_rule
+from certify.dual import proven_radius
+from certify.forward_error import ForwardError
+from certify.gradient_error import GradientError
+from certify.graph import LipschitzGraph
+from certify.norms import proven_norms
+from certify.precision import PRECISIONS
+from certify.rules.rounding import exact
+from certify.signal import Signal, Slopes, UnknownRounding
+
+UNIT = 2.0**-53
+
+
+def sigma(x: Any) -> Any:
+    return 1 / (1 + mpmath.exp(-x))
+
+
+def gelu_slope(x: Any) -> Any:
+    return mpmath.ncdf(x) + x * mpmath.npdf(x)
+
+
+def gelu_tanh_slope(x: Any) -> Any:
+    inner = mpmath.sqrt(2 / mpmath.pi) * (x + mpmath.mpf("0.044715") * x**3)
+    bend = mpmath.sqrt(2 / mpmath.pi) * (1 + 3 * mpmath.mpf("0.044715") * x**2)
+    t = mpmath.tanh(inner)
+    return (1 + t) / 2 + x * (1 - t**2) * bend / 2
+
+
+def mish_slope(x: Any) -> Any:
+    t = mpmath.tanh(mpmath.log1p(mpmath.exp(x)))
+    return t + x * (1 - t**2) * sigma(x)
+
+
+SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Any]]] = {
+    "tanh": (torch.tanh, lambda x: mpmath.sech(x) ** 2),
+    "tanhshrink": (F.tanhshrink, lambda x: mpmath.tanh(x) ** 2),
+    "sigmoid": (torch.sigmoid, lambda x: sigma(x) * sigma(-x)),
+    "logsigmoid": (F.logsigmoid, lambda x: sigma(-x)),
+    "softplus": (lambda x: F.softplus(x, threshold=40.0), sigma),
+    "softplus, 8": (lambda x: F.softplus(x, beta=8.0, threshold=34.0), lambda x: sigma(8 * x)),
+    "softsign": (F.softsign, lambda x: 1 / (1 + abs(x)) ** 2),
+    "elu": (F.elu, lambda x: mpmath.exp(x) if x < 0 else mpmath.mpf(1)),
+    "celu": (lambda x: F.celu(x, 2.0), lambda x: mpmath.exp(x / 2) if x < 0 else mpmath.mpf(1)),
+    "gelu": (F.gelu, gelu_slope),
+    "gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), gelu_tanh_slope),
+    "silu": (F.silu, lambda x: sigma(x) + x * sigma(x) * sigma(-x)),
+    "mish": (F.mish, mish_slope),
+    "sin": (torch.sin, mpmath.cos),
+    "atan": (torch.atan, lambda x: 1 / (1 + x**2)),
+    "asinh": (torch.asinh, lambda x: 1 / mpmath.sqrt(1 + x**2)),
+    "erf": (torch.erf, lambda x: 2 * mpmath.exp(-(x**2)) / mpmath.sqrt(mpmath.pi)),
+    "erfc": (torch.erfc, lambda x: -2 * mpmath.exp(-(x**2)) / mpmath.sqrt(mpmath.pi)),
+    "ndtr": (torch.special.ndtr, mpmath.npdf),
+}
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_slopes_round_by_no_more_than_is_assumed(name: str) -> None:
+    function, slope = SLOPES[name]
+    step = LipschitzGraph(Function(function), (1,)).walk().step
+    assert isinstance(step, Slopes)
+    assert step.curvature is not None
+    steepest, bend = step.steepest, max(map(abs, step.curvature))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, generator=generator, dtype=torch.float64)
+    x = torch.cat([x * 10.0**k for k in (-9, -1, 0, 1, 2, 6)] + [torch.zeros(1)])
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(function(x).sum(), x)
+    with mpmath.workdps(60):
+        for place, value in zip(x.tolist(), found.tolist(), strict=True):
+            off = abs(mpmath.mpf(value) - slope(mpmath.mpf(place)))
+            assert off <= 32.0 * UNIT * (1.0 + steepest + (steepest + bend) * abs(place))
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Branches(nn.Module):
+    """What is used twice, added, joined, repeated, moved and shifted by constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.last = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.first(x)) + 0.25
+        y = torch.tanh(self.second(x)) * 1.5 - x
+        one, two = y.chunk(2, 1)
+        z = torch.cat([two, one, x.flip(1), y.reshape(-1, 2, 4).transpose(1, 2).flatten(1)], 1)
+        return self.last(F.gelu(z)) + x.mean(1, keepdim=True)
+
+
+def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    torch.manual_seed(0)
+    return {
+        "mlp": (models.build("mlp", hidden=(16, 16), activation="softplus"), (1, 28, 28)),
+        "branches": (Branches(), (6,)),
+        "convolutions": (
+            nn.Sequential(
+                nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"),
+                nn.BatchNorm2d(4),
+                nn.Softplus(threshold=40),
+                nn.AvgPool2d(2),
+                nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1),
+                nn.GELU(),
+                nn.Conv2d(4, 4, 3, stride=2, groups=2, dilation=2, padding=2),
+                nn.Tanh(),
+                nn.AdaptiveAvgPool2d(2),
+                nn.Flatten(),
+                nn.Dropout(),
+                nn.Linear(16, 5),
+            ),
+            (2, 8, 8),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", networks())
+@pytest.mark.parametrize("radius", [0.0, 0.5])
+def test_float32_is_no_farther_from_float64_than_is_claimed(name: str, radius: float) -> None:
+    """By the same rules for a machine whose rounding can be measured."""
+    model, shape = networks()[name]
+    double = model.eval().double()
+    graph = LipschitzGraph(double, shape)
+    forward = ForwardError(graph, graph.walk(), lambda some: proven_norms(some, "fantastic_four"))
+    error = GradientError(forward, PRECISIONS["float32"])
+    generator = torch.Generator().manual_seed(1)
+    centre = torch.randn(40, *shape, generator=generator).double()
+    move = torch.randn(40, *shape, generator=generator).double()
+    move = radius * move / move.flatten(1).norm(dim=1).reshape(-1, *[1] * len(shape))
+    points = (centre + 0.999 * move).float()
+    own = torch.zeros(40, dtype=torch.int64)
+    values, gradients = error.bounds(centre, torch.full((40,), radius).double(), own)
+
+    def computed(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        network = double.to(dtype)
+        x = points.to(dtype).requires_grad_()
+        logits = network(x)
+        margin = logits[:, 0] - logits[:, 1]
+        (gradient,) = torch.autograd.grad(margin.sum(), x)
+        return margin.detach().double(), gradient.double().flatten(1)
+
+    weights = {key: value.float() for key, value in double.state_dict().items()}
+    double.load_state_dict(weights)  # so that both have the same
+    truth, rounded = computed(torch.float64), computed(torch.float32)
+    off = (rounded[1] - truth[1]).norm(dim=1)
+    assert bool((off <= gradients).all())
+    assert bool(((rounded[0] - truth[0]).abs() <= values[:, 1]).all())
+    assert bool(off.max() > 0)
+    assert bool(gradients.max() < 1e-1)
+
+
+def test_a_gradient_that_is_off_proves_no_more_than_there_is() -> None:
+    """For ``m + g z - K |z|^2 / 2``, whose nearest zero is known."""
+    generator = torch.Generator().manual_seed(0)
+    count, entries, error = 4000, 3, 1e-3
+    direction = torch.randn(count, entries, generator=generator, dtype=torch.float64)
+    slope = torch.rand(count, generator=generator, dtype=torch.float64) * 3.0
+    slopes = direction / direction.norm(dim=1, keepdim=True) * slope[:, None]
+    margin = torch.rand(count, generator=generator, dtype=torch.float64) + 0.1
+    curvature = torch.rand(count, generator=generator, dtype=torch.float64) * 2.0
+    truth = 2.0 * margin / (slope + (slope.square() + 2.0 * curvature * margin).sqrt())
+    nearest = -slopes / slope[:, None] * truth[:, None]
+    for share in (0.0, 0.5, 1.0):
+        u = nearest * share
+        value = margin + (slopes * u).sum(dim=1) - curvature * u.square().sum(dim=1) / 2.0
+        gradient = slopes - curvature[:, None] * u
+        shift = torch.randn(count, entries, generator=generator, dtype=torch.float64)
+        shift[: count // 2] = gradient[: count // 2]  # a shorter gradient claims most
+        seen = gradient - shift * (error / shift.norm(dim=1, keepdim=True))
+        parts = u.square().sum(dim=1), (u * seen).sum(dim=1), seen.square().sum(dim=1)
+        paid = proven_radius(*parts, value, curvature, entries, torch.full_like(value, error))
+        unpaid = proven_radius(*parts, value, curvature, entries)
+        assert bool((paid <= truth).all())
+        assert share > 0.0 or bool((unpaid > truth).any())
+        assert bool((paid > 0.9 * unpaid - 1e-3).all())
+    lost = proven_radius(*parts, value, curvature, entries, torch.full_like(value, torch.inf))
+    assert bool((lost == 0).all())
+
+
+class Doubled(nn.Module):
+    """With a rule, and with rounding that is known, but not that of its gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x
+
+
+@lipschitz_rule(Doubled, rounding=exact)
+def doubled(module: Doubled, x: Signal) -> Signal:
+    return x.scaled(2.0, linear=True)
+
+
+def test_gradients_of_the_users_operations_are_not_known() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Softplus(threshold=40), Doubled(), nn.Linear(6, 3))
+    x = torch.randn(5, 4, dtype=torch.float64)
+    plain, machine = CertifiedModel(model, (4,)), CertifiedModel(model, (4,), precision="float64")
+    assert plain.rounding_is_known
+    assert bool((plain.certify(x, "dual").radius > 0).all())
+    with pytest.raises(UnknownRounding, match=r"node '2' .*Doubled.* its gradient can round"):
+        plain.check_rounding("dual")
+    for certificate in ("curvature", "dual"):
+        with pytest.raises(UnsupportedModel, match="its gradient can round"):
+            machine.certify(x, certificate)
+    assert machine.applicable() == ("lipschitz",)
+    assert bool((machine.certify(x, "best").radius > 0).all())
+
+
+@pytest.mark.parametrize("head", [None, "softplus"])
+@pytest.mark.parametrize("certificate", ["curvature", "dual"])
+def test_radii_pay_for_all_rounding(head: str | None, certificate: str) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = models.build(
+        "liresnet", input_shape=(1, 8, 8), width=4, depth=(1,), dense=(8,), head=head
+    )
+    if head is None:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
+    certified = CertifiedModel(model, (1, 8, 8))
+    certified.check_rounding(certificate)
+    x = torch.rand(20, 1, 8, 8, dtype=torch.float64)
+    found = certified.certify(x, certificate).radius
+    smooth = certified.smooth
+    smooth._error = smooth._forward = None
+    free = certified.certify(x, certificate).radius
+    assert bool((found < free).all())
+    assert bool((found > free * (1.0 - 1e-6)).all())
