@@ -222,8 +222,8 @@ MUTANTS = [
     Mutant(
         "dual: the residual counts half",
         "certify/dual.py",
-        "parts = (0.5 * square, eta * margin, (residual + off) / (2.0 * left))",
-        "parts = (0.5 * square, eta * margin, (residual + off) / (4.0 * left))",
+        "parts = (0.5 * square, eta * margin, length.square() / (2.0 * left))",
+        "parts = (0.5 * square, eta * margin, length.square() / (4.0 * left))",
         "tests/certify/test_dual.py",
     ),
     Mutant(
@@ -344,6 +344,48 @@ MUTANTS = [
         "if any(other != found[0] for other in found):",
         "if False:",
         "tests/certify/test_ranks.py",
+    ),
+    Mutant(
+        "a large logit hides what happens to the others",
+        "certify/tracing.py",
+        "sizes * 2.0**20",
+        "sizes * 2.0**200",
+        "tests/certify/test_graph.py",
+    ),
+    Mutant(
+        "gradients: products are exact",
+        "certify/gradient_error.py",
+        "self._precision.products(terms + 16) * path.absolute",
+        "0.0 * path.absolute",
+        "tests/certify/test_gradient_error.py",
+    ),
+    Mutant(
+        "gradients: slopes are exact",
+        "certify/gradient_error.py",
+        "own = units * (",
+        "own = 0.0 * (",
+        "tests/certify/test_gradient_error.py",
+    ),
+    Mutant(
+        "gradients: slopes are those at the exact arguments",
+        "certify/gradient_error.py",
+        "round_up(curvature * error, 2)",
+        "0.0 * error",
+        "tests/certify/test_gradient_error.py",
+    ),
+    Mutant(
+        "dual: gradients are exact",
+        "certify/dual.py",
+        "length = (residual + off).sqrt() + eta * error",
+        "length = (residual + off).sqrt()",
+        "tests/certify/test_gradient_error.py",
+    ),
+    Mutant(
+        "dual: computed features are the true ones",
+        "certify/smooth_radii.py",
+        "lower = (found.lower - off[:, None]).clamp_min(0.0)",
+        "lower = found.lower",
+        "tests/certify/test_gradient_error.py",
     ),
 ]
 

@@ -136,39 +136,72 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     }
 
 
+def single_error(model: nn.Module, shape: tuple[int, ...]) -> GradientError:
+    """Of a network in float32, whose rounding can be measured; by the same rules."""
+    graph = LipschitzGraph(model, shape)
+    forward = ForwardError(graph, graph.walk(), lambda some: proven_norms(some, "fantastic_four"))
+    return GradientError(forward, PRECISIONS["float32"])
+
+
+def margins_in(model: nn.Module, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The first logit minus the second, and its gradient, computed in a precision."""
+    x = points.to(dtype).requires_grad_()
+    logits = model.to(dtype)(x)
+    margin = logits[:, 0] - logits[:, 1]
+    (gradient,) = torch.autograd.grad(margin.sum(), x)
+    return margin.detach().double(), gradient.double().flatten(1)
+
+
 @pytest.mark.parametrize("name", networks())
 @pytest.mark.parametrize("radius", [0.0, 0.5])
 def test_float32_is_no_farther_from_float64_than_is_claimed(name: str, radius: float) -> None:
-    """By the same rules for a machine whose rounding can be measured."""
     model, shape = networks()[name]
-    double = model.eval().double()
-    graph = LipschitzGraph(double, shape)
-    forward = ForwardError(graph, graph.walk(), lambda some: proven_norms(some, "fantastic_four"))
-    error = GradientError(forward, PRECISIONS["float32"])
+    model = model.eval().double()  # of float32 weights
     generator = torch.Generator().manual_seed(1)
     centre = torch.randn(40, *shape, generator=generator).double()
     move = torch.randn(40, *shape, generator=generator).double()
     move = radius * move / move.flatten(1).norm(dim=1).reshape(-1, *[1] * len(shape))
     points = (centre + 0.999 * move).float()
     own = torch.zeros(40, dtype=torch.int64)
+    error = single_error(model, shape)
     values, gradients = error.bounds(centre, torch.full((40,), radius).double(), own)
-
-    def computed(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        network = double.to(dtype)
-        x = points.to(dtype).requires_grad_()
-        logits = network(x)
-        margin = logits[:, 0] - logits[:, 1]
-        (gradient,) = torch.autograd.grad(margin.sum(), x)
-        return margin.detach().double(), gradient.double().flatten(1)
-
-    weights = {key: value.float() for key, value in double.state_dict().items()}
-    double.load_state_dict(weights)  # so that both have the same
-    truth, rounded = computed(torch.float64), computed(torch.float32)
+    truth, rounded = (margins_in(model, points, dtype) for dtype in (torch.float64, torch.float32))
     off = (rounded[1] - truth[1]).norm(dim=1)
     assert bool((off <= gradients).all())
     assert bool(((rounded[0] - truth[0]).abs() <= values[:, 1]).all())
     assert bool(off.max() > 0)
     assert bool(gradients.max() < 1e-1)
+
+
+def cancelling() -> nn.Module:
+    """Arguments that are off by much more than their own units."""
+    first = nn.Linear(2, 8, bias=False)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([1e4, -1e4]) + torch.randn(8, 2))
+    return nn.Sequential(first, nn.SiLU(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "points"),
+    [
+        (lambda: nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 3)), lambda: torch.randn(40, 50)),
+        (nn.SiLU, lambda: torch.rand(400, 8) * 30.0 - 15.0),
+        (cancelling, lambda: torch.rand(400, 1) + 1e-4 * torch.randn(400, 2)),
+    ],
+    ids=["products", "slopes", "arguments"],
+)
+def test_each_kind_of_rounding_is_needed(
+    make: Callable[[], nn.Module], points: Callable[[], Tensor]
+) -> None:
+    """Networks in which one of them is nearly all there is."""
+    torch.manual_seed(0)
+    model, x = make().double(), points()
+    error = single_error(model, tuple(x.shape[1:]))
+    none = torch.zeros(len(x), dtype=torch.float64)
+    _, gradients = error.bounds(x.double(), none, none.long())
+    truth, rounded = (margins_in(model, x, dtype)[1] for dtype in (torch.float64, torch.float32))
+    share = (rounded - truth).norm(dim=1) / gradients
+    assert 1e-4 < share.max().item() <= 1.0
 
 
 def test_a_gradient_that_is_off_proves_no_more_than_there_is() -> None:
@@ -245,3 +278,24 @@ def test_radii_pay_for_all_rounding(head: str | None, certificate: str) -> None:
     free = certified.certify(x, certificate).radius
     assert bool((found < free).all())
     assert bool((found > free * (1.0 - 1e-6)).all())
+
+
+@pytest.mark.parametrize("certificate", ["curvature", "dual"])
+def test_features_that_are_off_shorten_radii(
+    certificate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 8), nn.Softplus(threshold=40), nn.Linear(8, 3)
+    )
+    certified = CertifiedModel(model, (4,))
+    x, off = torch.randn(50, 4, dtype=torch.float64), 1e-3
+    before = certified.certify(x, certificate).radius
+    monkeypatch.setattr(ForwardError, "error_of", lambda self, signal, x: x.new_full((50,), off))
+    after = certified.certify(x, certificate).radius
+    if certificate == "dual":
+        lost = off / certified.smooth.head.lipschitz * (1.0 - 1e-9)
+        assert bool((after <= (before - lost).clamp_min(0.0)).all())
+    by_lipschitz = certified.certify(x).radius
+    assert bool(((after < before) | (after == by_lipschitz)).all())
+    assert bool((after < before).any())
