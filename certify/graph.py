@@ -101,7 +101,7 @@ class LipschitzGraph:
             self.input_shape = tuple(input_shape)
             self.domain = limits
             centres = None if limits is None else self._centres(example[:1], limits)
-            start = Input(self.device, limits)
+            start = Input(self.device, limits, floating.dtype)
             self._walker = _Walker(root, graph, shapes, centres, start)
 
     def walk(self) -> Signal:

@@ -32,10 +32,12 @@ class Input:
     Attributes:
         device: where its bounds are computed.
         domain: smallest and largest entry of an input, or ``None`` if there is no limit.
+        dtype: of the network's tensors.
     """
 
     device: torch.device
     domain: tuple[float, float] | None = None
+    dtype: torch.dtype = torch.float64
 
 
 @dataclass(frozen=True, eq=False)

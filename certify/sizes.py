@@ -61,10 +61,15 @@ class SizeTracer(fx.Tracer):
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
         """Loop over sizes; refuse to loop over values."""
-        if not self._is_about_samples(obj.node):
+        if not (self._is_about_samples(obj.node) or _is_part_of_shape(obj.node)):
             return super().iter(obj)
         symbols: Any = obj
-        return iter([symbols[index] for index in range(len(self._value(obj.node)))])
+        return iter([symbols[index] for index in range(self.length(obj))])
+
+    def length(self, obj: Proxy) -> int:
+        """How long something is that follows from sizes; of a shape, with the batch's."""
+        known = self._value(obj.node) if _is_part_of_shape(obj.node) else self.known(obj)
+        return len(known)
 
     def known(self, obj: Proxy) -> Any:
         """Return the value of a symbol that follows from sizes.
@@ -150,6 +155,18 @@ def _is_shape(node: fx.Node) -> bool:
     return bool(node.args[1] == "shape")
 
 
+def _is_part_of_shape(node: Any) -> bool:
+    """Whether it is a shape, or a slice of one, whose length is the same for all batches."""
+    if _is_size(node):
+        return _is_shape(node)
+    if not isinstance(node, fx.Node) or node.target is not operator.getitem:
+        return False
+    index = node.args[1]
+    ends = (index.start, index.stop, index.step) if isinstance(index, slice) else (node,)
+    plain = all(isinstance(end, (int, type(None))) for end in ends)
+    return plain and _is_part_of_shape(node.args[0])
+
+
 def _is_behind(index: Any, axes: int) -> bool:
     """Whether an index of a shape does not reach its first axis, the batch's."""
     if isinstance(index, slice):
@@ -163,7 +180,7 @@ class _Numbers:
 
     def __len__(self) -> int:
         assert isinstance(self, Proxy)
-        return len(_tracer(self).known(self))
+        return _tracer(self).length(self)
 
     def __index__(self) -> int:
         assert isinstance(self, Proxy)

@@ -20,6 +20,7 @@ from certify.rules import (
     reductions,
     refused,
     resampling,
+    selection,
     smooth,
 )
 from certify.rules.registry import REFUSALS, RULES, lipschitz_rule
@@ -37,5 +38,6 @@ __all__ = [
     "reductions",
     "refused",
     "resampling",
+    "selection",
     "smooth",
 ]

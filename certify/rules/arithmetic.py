@@ -14,6 +14,7 @@ from certify.operators import Matrix, Scale
 from certify.rules.registry import lipschitz_rule
 from certify.rules.rounding import elementwise, exact, multiplied, of_products
 from certify.signal import Product, Signal, Slopes, UnsupportedModel, side_by_side, total
+from ff_bounds import spectral_norm_bound
 
 
 @lipschitz_rule(operator.add, torch.add, "add", "add_", rounding=elementwise)
@@ -147,11 +148,13 @@ def larger(x: Any, y: Any) -> Signal:
 
 @lipschitz_rule(torch.matmul, operator.matmul, torch.mm, "matmul", "mm", rounding=of_products)
 def matrix_product(x: Any, y: Any) -> Signal:
-    """``x W`` with a constant matrix: `certify.rules.affine.linear` with its transpose."""
+    """By a constant matrix: ``x W`` is `certify.rules.affine.linear` with its transpose."""
     if isinstance(x, Signal) and isinstance(y, Signal):
         raise UnsupportedModel(
             "a product of two tensors that depend on the input (as in attention) is not Lipschitz"
         )
+    if isinstance(x, Tensor) and x.ndim == 2 and isinstance(y, Signal) and len(y.shape) > 2:
+        return y.scaled(spectral_norm_bound(x), linear=True)  # along the axis before the last
     if not isinstance(x, Signal) or not isinstance(y, Tensor) or y.ndim != 2:
         raise UnsupportedModel("a matrix product other than of a tensor and a constant matrix")
     return x.through(Matrix(y.mT))

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certify.rules.registry import by_attributes, lipschitz_rule
 from certify.rules.rounding import elementwise, exact
+from certify.rules.selection import chosen
 from certify.signal import Flatten, Signal, UnsupportedModel, Wrapping, side_by_side
 from ff_bounds.padding import duplication
 
@@ -35,6 +36,26 @@ def dropout(input: Signal, p: float = 0.5, training: bool = True, inplace: bool 
     if training:
         raise UnsupportedModel("dropout with training=True is random")
     return input
+
+
+@lipschitz_rule("type_as", rounding=exact)
+def type_as(x: Signal, other: Any) -> Signal:
+    """The same numbers, as all are of one dtype."""
+    if getattr(other, "dtype", x.input.dtype) != x.input.dtype:
+        raise UnsupportedModel(f"a conversion to {other.dtype}")
+    return x
+
+
+@lipschitz_rule("to", rounding=exact)
+def to(x: Signal, *arguments: Any, **named: Any) -> Signal:
+    """Likewise; wherever it is."""
+    for value in (*arguments, *named.values()):
+        kind = value if isinstance(value, torch.dtype) else getattr(value, "dtype", x.input.dtype)
+        if isinstance(value, Signal):
+            kind = x.input.dtype
+        if kind != x.input.dtype:
+            raise UnsupportedModel(f"a conversion to {kind}")
+    return x
 
 
 @lipschitz_rule("contiguous", "clone", "double", "detach", torch.clone, rounding=exact)
@@ -68,6 +89,12 @@ def reshape(x: Signal, *shape: Any) -> Signal:
     if len(sizes) == 2 and len(x.shape) > 2:
         return Signal(x.shape, Flatten(), (x,))
     return x.scaled(linear=True)
+
+
+@lipschitz_rule("view_as", "reshape_as", rounding=exact)
+def reshape_as(x: Signal, other: Any) -> Signal:
+    """As `reshape`; of the other tensor only the shape matters."""
+    return reshape(x, *other.shape)
 
 
 @lipschitz_rule(nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, rounding=exact)
@@ -127,6 +154,14 @@ def transpose(x: Signal, dim0: int, dim1: int) -> Signal:
     return x.scaled(linear=True)
 
 
+@lipschitz_rule(torch.movedim, torch.moveaxis, "movedim", "moveaxis", rounding=exact)
+def movedim(x: Signal, source: Any, destination: Any) -> Signal:
+    """Move axes behind the batch's to places behind it."""
+    if any(axis % len(x.shape) == 0 for axis in (*_listed((source,)), *_listed((destination,)))):
+        raise UnsupportedModel("moving the batch axis")
+    return x.scaled(linear=True)
+
+
 @lipschitz_rule(torch.roll, "roll", rounding=exact)
 def roll(x: Signal, shifts: Any, dims: Any = None) -> Signal:
     """As `flip`; without dims, all samples of a batch are rolled as one."""
@@ -146,10 +181,17 @@ def flip(x: Signal, *arguments: Any, **named: Any) -> Signal:
 
 @lipschitz_rule(operator.getitem, rounding=exact)
 def getitem(x: Any, index: Any) -> Any:
-    """A slice drops entries; the batch axis must stay whole."""
+    """A slice drops entries; the batch axis must stay whole. For lists see `chosen`."""
     if isinstance(x, (tuple, list)):
         return x[index]
     indices = index if isinstance(index, tuple) else (index,)
+    listed = [place for place, i in enumerate(indices) if isinstance(i, (list, Tensor))]
+    if len(listed) == 1 and indices[0] == slice(None) and isinstance(x, Signal):
+        # One list among slices stays where it is; beside other integers it would move.
+        (place,) = listed
+        others = (*indices[:place], *indices[place + 1 :])
+        if all(isinstance(i, slice) for i in others):
+            return chosen(x, place, indices[place])
     selects = all(i is Ellipsis or i is None or isinstance(i, (int, slice)) for i in indices)
     used = sum(i is not None and i is not Ellipsis for i in indices)
     whole = selects and (
@@ -283,6 +325,12 @@ def expand(x: Signal, *sizes: Any) -> Signal:
     return _repeated(x, math.prod(new for old, new in pairs if old == 1 and new > 1))
 
 
+@lipschitz_rule("expand_as", rounding=exact)
+def expand_as(x: Signal, other: Any) -> Signal:
+    """As `expand`; of the other tensor only the shape matters."""
+    return expand(x, *other.shape)
+
+
 @lipschitz_rule("repeat", "tile", torch.tile, rounding=exact)
 def repeat(x: Signal, *repeats: Any) -> Signal:
     """Each entry the product of the repeats times."""
@@ -325,7 +373,13 @@ def attribute(x: Any, name: str) -> Any:
     """Shapes and types are known; anything else of a tensor is not."""
     if not isinstance(x, Signal):
         return getattr(x, name)
-    known = {"shape": torch.Size(x.shape), "ndim": len(x.shape), "requires_grad": False}
+    known = {
+        "shape": torch.Size(x.shape),
+        "ndim": len(x.shape),
+        "requires_grad": False,
+        "device": x.input.device,
+        "dtype": x.input.dtype,
+    }
     if name in known:
         return known[name]
     if name == "mT" and len(x.shape) > 2:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from certify.rules.registry import RULES, lipschitz_rule
-from certify.rules.rounding import elementwise, exact, reductions
+from certify.rules.rounding import elementwise, euclidean, exact, reductions
 from certify.rules.rounding import logsumexp as logsumexp_rounding
 from certify.signal import Signal, UnsupportedModel
 
@@ -76,6 +76,25 @@ def extremum(input: Signal, dim: Any = None, keepdim: bool = False, *, axis: Any
 @lipschitz_rule(torch.logsumexp, torch.special.logsumexp, "logsumexp", rounding=logsumexp_rounding)
 def logsumexp(input: Signal, dim: Any, keepdim: bool = False) -> Signal:
     """Its gradient, a softmax, sums up to one and is nowhere longer than one."""
+    _reduced(input, dim)
+    return input.scaled()
+
+
+@lipschitz_rule(torch.linalg.vector_norm, torch.norm, "norm", rounding=euclidean)
+def norm(
+    input: Signal,
+    p: Any = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    ord: Any = 2,
+    dtype: torch.dtype | None = None,
+    out: None = None,
+) -> Signal:
+    """L2 norms of disjoint sets of entries: ``||a| - |b|| <= |a - b|``."""
+    _check_dtype(dtype)
+    if p not in (2, "fro") or ord != 2:
+        raise UnsupportedModel(f"a norm other than L2 (order {p if ord == 2 else ord})")
     _reduced(input, dim)
     return input.scaled()
 

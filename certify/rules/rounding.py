@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from certify.operators import Convolution, Matrix, Scale, Weighted
 from certify.precision import Precision
-from certify.signal import Affine, Signal, Slopes
+from certify.signal import Affine, Signal, Slopes, UnknownRounding
 from ff_bounds import spectral_norm_bound
 from ff_bounds.padding import padded_bound
 from ff_bounds.rounding import round_up
@@ -126,6 +126,17 @@ def elementwise(call: Call) -> Tensor:
     return torch.where(_all_moderate(call), found, torch.inf)
 
 
+def filled(call: Call) -> Tensor:
+    """Entries stay, or become a constant, which is rounded unless it is a number of float32."""
+    found = exact(call)
+    for constant in call.constants:
+        exactly = constant.to(torch.float32).to(torch.float64) == constant
+        off = torch.where(exactly & (call.precision.unit <= 2.0**-24), 0.0, constant.abs())
+        largest = off.amax().to(found.device) if off.numel() else 0.0
+        found = found + 2.0 * call.precision.unit * largest * math.sqrt(call.entries[1])
+    return round_up(found, 8)
+
+
 def multiplied(call: Call) -> Tensor:
     """One multiplication or division, by constants too, which are rounded, or inverted first."""
     found = round_up(call.precision.gamma(6) * call.leaving, 4) + call.underflow(4)
@@ -188,6 +199,15 @@ def _sums(call: Call, terms: int) -> Tensor:
     return round_up(off * call.lipschitz * call.entering, 3) + call.underflow(terms + 4)
 
 
+def euclidean(call: Call) -> Tensor:
+    """Roots of sums of squares; a square that underflows is that of a tiny number."""
+    terms = max(1, call.entries[0] // max(1, call.entries[1]))
+    tiny = 2.0 * math.sqrt(call.precision.smallest * call.entries[0])
+    found = call.precision.sums(terms + 2) * call.leaving + tiny
+    fits = call.entering < math.sqrt(call.precision.largest) / 8.0
+    return torch.where(fits, round_up(found, 6) + call.underflow(2), torch.inf)
+
+
 def of_products(call: Call) -> Tensor:
     r"""``W x + b``: an entry is off by ``c (|W| |x| + |b|)`` at most, see `Precision.products`.
 
@@ -195,7 +215,8 @@ def of_products(call: Call) -> Tensor:
     each product, and as much from each argument and each weight.
     """
     step = call.signal.step
-    assert isinstance(step, Affine)
+    if not isinstance(step, Affine):
+        raise UnknownRounding("it is not known how much its products can round")
     operator = step.operator
     bias = _bias(call)
     offset: float | Tensor = 0.0

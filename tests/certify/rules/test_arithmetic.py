@@ -92,6 +92,7 @@ CASES = [
             ("maximum with a constant", torch.maximum, lambda x: torch.maximum(x, ZERO)),
         )
     ],
+    Case("matrix from the left", (torch.matmul,), on(lambda x: torch.matmul(COLUMNS.T, x)), (3, 2)),
     *[
         Case(name, (key,), on(f), (3,))
         for name, key, f in (

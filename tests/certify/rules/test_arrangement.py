@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.certify.rules.harness import Case, check, on, trained
+from certify import CertifiedModel, UnsupportedModel
+from tests.certify.rules.harness import Apply, Case, check, on, trained
+
+PLACES = torch.tensor([2, 0, 2])
 
 CASES = [
     Case("identity", (nn.Identity,), nn.Identity, (4,)),
@@ -77,6 +81,67 @@ CASES = [
     Case("pixel shuffle", (F.pixel_shuffle,), on(lambda x: F.pixel_shuffle(x, 2)), (4, 2, 2)),
     Case("pixel unshuffle", (F.pixel_unshuffle,), on(lambda x: F.pixel_unshuffle(x, 2)), (1, 4, 4)),
     Case("channel shuffle", (F.channel_shuffle,), on(lambda x: F.channel_shuffle(x, 2)), (4, 2, 2)),
+    Case("view as", ("view_as",), on(lambda x: (2.0 * x).view_as(x)), (2, 3)),
+    Case("reshape as", ("reshape_as",), on(lambda x: x.flip(1).reshape_as(x)), (2, 3)),
+    Case("expand as", ("expand_as",), on(lambda x: x[:, :1].expand_as(x)), (3, 2)),
+    Case("torch.movedim", (torch.movedim,), on(lambda x: torch.movedim(x, 1, 2)), (2, 3)),
+    Case("torch.moveaxis", (torch.moveaxis,), on(lambda x: torch.moveaxis(x, -1, 1)), (2, 3)),
+    Case("movedim", ("movedim",), on(lambda x: x.movedim((1, 2), (2, 1))), (2, 3)),
+    Case("moveaxis", ("moveaxis",), on(lambda x: x.moveaxis(1, 2)), (2, 3)),
+    Case("type as", ("type_as",), on(lambda x: (2.0 * x).type_as(x)), (3,)),
+    Case("to", ("to", getattr), on(lambda x: x.to(x.dtype).to(x.device)), (3,)),
+    Case("to another", ("to",), on(lambda x: (x + 1.0).to(x)), (3,)),
+    Case("list of entries", (operator.getitem,), on(lambda x: x[:, [2, 0, 2, -1]]), (3, 2)),
+    Case("list of columns", (operator.getitem,), on(lambda x: x[:, 1:, [1, 1, 1]]), (3, 2)),
+    Case("indices", (operator.getitem,), on(lambda x: x[:, torch.tensor([0, 0])]), (3,)),
+    Case(
+        "torch.index_select",
+        (torch.index_select,),
+        on(lambda x: torch.index_select(x, -1, torch.tensor([1, 1, 0]))),
+        (2, 3),
+    ),
+    Case("index_select", ("index_select",), on(lambda x: x.index_select(1, PLACES)), (3,)),
+    Case(
+        "torch.masked_fill",
+        (torch.masked_fill,),
+        on(lambda x: torch.masked_fill(x, torch.arange(3) == 1, 7.0)),
+        (3,),
+    ),
+    Case("masked_fill", ("masked_fill",), on(lambda x: x.masked_fill(PLACES == 2, -1.0)), (2, 3)),
+    Case(
+        "masked_fill_",
+        ("masked_fill_",),
+        on(lambda x: (x + 0.0).masked_fill_(PLACES == 2, torch.tensor(0.3))),
+        (3,),
+    ),
+    Case("torch.tril", (torch.tril,), on(lambda x: torch.tril(x)), (3, 3)),
+    Case("torch.triu", (torch.triu,), on(lambda x: torch.triu(x, diagonal=-1)), (3, 3)),
+    Case("tril", ("tril",), on(lambda x: x.tril(1)), (2, 3)),
+    Case("triu", ("triu",), on(lambda x: x.triu()), (2, 3)),
+    Case(
+        "torch.diagonal",
+        (torch.diagonal,),
+        on(lambda x: torch.diagonal(x, dim1=1, dim2=2)),
+        (3, 3),
+    ),
+    Case("diagonal", ("diagonal",), on(lambda x: x.diagonal(1, -2, -1)), (3, 3)),
+    *[
+        Case(
+            f"{name} beside it",
+            (key,),
+            on(lambda x, make=make: torch.cat([x, make(x)], 1)),
+            (3,),
+        )
+        for name, key, make in (
+            ("zeros_like", torch.zeros_like, torch.zeros_like),
+            ("ones_like", torch.ones_like, torch.ones_like),
+            ("full_like", torch.full_like, lambda x: torch.full_like(x, 0.1)),
+            ("new_zeros", "new_zeros", lambda x: x.new_zeros(x.shape[0], 2)),
+            ("new_ones", "new_ones", lambda x: x.new_ones((x.shape[0], 2))),
+            ("new_full", "new_full", lambda x: x.new_full((x.shape[0], 2), 0.1)),
+        )
+    ],
+    Case("sizes", ("view",), on(lambda x: x.view(*x.shape[:2], -1).view(*x.shape)), (2, 2, 2)),
     Case("torch.squeeze", (torch.squeeze,), on(lambda x: torch.squeeze(x, 2)), (3, 1)),
     Case("squeeze", ("squeeze",), on(lambda x: x.squeeze(-1)), (3, 1)),
     Case("squeeze_", ("squeeze_",), on(lambda x: (x + 0.0).squeeze_(-1)), (3, 1)),
@@ -156,3 +221,44 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rule(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[[0, 1, 2, 3, 4]],
+        lambda x: x[:, 0, [0, 1]],
+        lambda x: x[:, [0, 1], [0, 1]],
+        lambda x: x[:, PLACES == 2],
+        lambda x: x.index_select(0, torch.tensor([0, 1, 2, 3, 4])),
+        lambda x: x.movedim(0, 1),
+        lambda x: x.moveaxis(2, 0),
+        lambda x: x.masked_fill(torch.eye(5, 3)[:, :, None] > 0, 0.0),
+        lambda x: x.masked_fill(x > 0, 0.0),
+        lambda x: x[:, :, 0].tril(),
+        lambda x: x.diagonal(),
+        lambda x: x.diagonal(dim1=0, dim2=2),
+        lambda x: x.new_zeros(3, 3),
+        lambda x: x.to(torch.float32),
+        lambda x: x.type_as(torch.zeros(1, dtype=torch.float32)),
+        lambda x: torch.zeros_like(x) / torch.zeros_like(x),
+        lambda x: torch.eye(5, dtype=x.dtype) @ x[:, :, 0],
+    ],
+)
+def test_samples_are_kept_apart(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    with pytest.raises((UnsupportedModel, ValueError)):
+        CertifiedModel(nn.Sequential(Apply(function), nn.Flatten()), (3, 3))
+
+
+def test_entries_that_are_chosen_twice_count() -> None:
+    """As often as they are there, by negative numbers too, and a network goes through."""
+
+    def shuffled(x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x[:, [0, 1, 1, -2]])
+
+    model = nn.Sequential(Apply(shuffled), nn.Linear(4, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.fill_(1.0)
+    found = CertifiedModel(model, (3,), tighten="none").lipschitz().item()
+    norm = (4.0 * 2.0) ** 0.5  # of the matrix
+    assert found == pytest.approx(3.0**0.5 * norm, rel=1e-6)

@@ -137,6 +137,13 @@ CASES = [
     ),
     *functions(
         (2, 3),
+        norm=("norm", lambda x: x.norm(dim=1)),
+        norm_of_both=("norm", lambda x: x.norm(2, (1, 2), True)[:, 0]),
+        torch_norm=(torch.norm, lambda x: torch.norm(x, dim=2)),
+        vector_norm=(torch.linalg.vector_norm, lambda x: torch.linalg.vector_norm(x, dim=-1)),
+    ),
+    *functions(
+        (2, 3),
         1.1,  # the gradient is one only where one entry is far above the others
         logsumexp=("logsumexp", lambda x: x.logsumexp(1)),
         torch_logsumexp=(torch.logsumexp, lambda x: torch.logsumexp(x, (1, 2), keepdim=True)),

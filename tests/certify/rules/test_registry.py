@@ -113,7 +113,6 @@ def test_random_networks(seed: int) -> None:
         (Apply(lambda x: x + torch.ones(2, 1, 3)), (3,), "other samples|repeats entries"),
         (Apply(lambda x: F.pad(x, (0, 0, 0, 0))), (2,), "batch axis"),
         (Apply(lambda x: x[None, :, 0]), (2,), "slices|other samples"),
-        (Apply(lambda x: x[:, [0, 0, 0]]), (2,), "slices"),
         (Apply(lambda x: x[0:]), (2,), "slices"),
         (Apply(lambda x: x[..., 0:, :]), (2,), "slices"),
         (Apply(lambda x: x.view(torch.int64).view(torch.float64)), (2,), "dtype|precision"),
