@@ -348,8 +348,8 @@ MUTANTS = [
     Mutant(
         "a large logit hides what happens to the others",
         "certify/tracing.py",
-        "sizes * 2.0**20",
-        "sizes * 2.0**200",
+        "spread > min(2.0**-6, 2.0**10 * unit) * sizes",
+        "spread >= -sizes",
         "tests/certify/test_graph.py",
     ),
     Mutant(

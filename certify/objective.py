@@ -47,6 +47,9 @@ class Objective:
         input_shape: shape of one sample.
         config: which loss, and its settings.
 
+    Attributes:
+        precision: of the network's products, that of ``config`` at first.
+
     Raises:
         UnsupportedModel: a network that could not be certified afterwards, or not for the loss.
     """
@@ -56,6 +59,7 @@ class Objective:
     ) -> None:
         self._model = model
         self._config = config
+        self.precision = config.precision
         self._estimator = NetworkEstimator(
             model, input_shape, config.seed, config.method, warm_up=0
         )
@@ -133,7 +137,7 @@ class Objective:
             return x
         assert self._smooth is not None
         if self._smooth.backbone is None:
-            return x.requires_grad_()
+            return x.detach().requires_grad_()
         return cast(Tensor, self._computed(self._smooth.backbone, x))
 
     def _logits(self, features: Tensor) -> Any:
@@ -145,7 +149,7 @@ class Objective:
 
     def _computed(self, module: Callable[[Tensor], Any], x: Tensor) -> Any:
         """A module's result, in float32 whatever it is computed in."""
-        if self._config.precision == "float32":
+        if self.precision == "float32":
             return module(x)
         with torch.autocast(x.device.type, torch.bfloat16):
             result = module(x)

@@ -279,7 +279,9 @@ def _continue(
 ) -> list[EpochMetrics]:
     """Put a trainer where the checkpoint left off; return the metrics up to there."""
     asked = {"model": config.model, "dataset": config.dataset, **asdict(config.training)}
-    found = {"model": checkpoint.model, "dataset": checkpoint.dataset, **checkpoint.config}
+    found: dict[str, Any] = {"model": checkpoint.model, "dataset": checkpoint.dataset}
+    # What an older version did not know was as it is by default.
+    found |= {**asdict(TrainingConfig()), **checkpoint.config}
     asked["hyperparameters"], found["hyperparameters"] = hyperparameters, checkpoint.hyperparameters
     different = sorted(name for name in asked if _plain(asked[name]) != _plain(found.get(name)))
     if different:

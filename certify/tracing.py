@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -245,21 +244,24 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def agree(first: Tensor, second: Tensor) -> bool:
     """Whether two results ``(N, ...)`` of the same operations differ by rounding at most.
 
-    The tolerance is small where there are digits for it, so that an offset hides little. An entry
-    is compared beside the others that are at most 2^20 times as large: what a mask makes of some
-    classes hides nothing in the rest.
+    The tolerance is relative to the largest entry, small where there are digits for it, so that an
+    offset hides little. Entries that are nearly the same for all samples, as what a mask makes of
+    classes, hide nothing in the rest: they do not count as large unless all are like that.
     """
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     if first.numel() == 0:
         return True
-    pair = torch.stack((first, second)).reshape(2, len(first) if first.ndim else 1, -1)
-    sizes = torch.where(pair.isfinite(), pair.abs(), 0.0).amax(dim=(0, 1)).to(torch.float64)
-    ordered = sizes.sort().values
-    places = torch.searchsorted(ordered, sizes * 2.0**20, right=True) - 1
     unit = torch.finfo(second.dtype).eps
-    relative = min(unit**0.5, 2.0**12 * unit) * math.sqrt(first.numel())
-    close = (pair[0] - pair[1]).abs() <= relative * ordered[places]
+    pair = torch.stack((first, second)).reshape(2, len(first) if first.ndim else 1, -1)
+    pair = pair.to(torch.float64)
+    known = torch.where(pair.isfinite(), pair, 0.0).flatten(0, 1)
+    sizes = known.abs().amax(dim=0)
+    spread = known.amax(dim=0) - known.amin(dim=0)
+    varied = spread > min(2.0**-6, 2.0**10 * unit) * sizes
+    largest = sizes[varied].amax() if bool(varied.any()) else sizes.amax()
+    allowed = torch.where(varied, largest, torch.maximum(sizes, largest))
+    close = (pair[0] - pair[1]).abs() <= min(unit**0.5, 2.0**12 * unit) * allowed
     same = (pair[0] == pair[1]) | (pair[0].isnan() & pair[1].isnan())
     return bool((close | same).all())
 

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from certify.objective import Objective, Outcome
 from certify.optimisation import Clock, budget, learning_rate, make_optimizers
 from certify.ranks import ALONE, Ranks
 from certify.signal import UnsupportedModel
+from certify.statistics import is_normalised
 from certify.step_graph import StepGraph
 from certify.training_config import TrainingConfig
 from certify.training_precision import chosen_precision
@@ -79,9 +80,6 @@ class Trainer:
         ranks: processes that train the same network on the same data, each with a share of every
             batch; ``run_epoch`` and ``load_state_dict`` are calls that all have to make.
 
-    Attributes:
-        precision: in which the network's products are computed, ``"float32"`` or ``"bfloat16"``.
-
     Raises:
         UnsupportedModel: a network that could not be certified afterwards.
         ValueError: an image size that does not fit the model.
@@ -112,11 +110,10 @@ class Trainer:
         self._device = trained[0].device
         self._images = data.images.to(self._device)
         self._labels = data.labels.to(self._device)
+        self._objective = Objective(model, data.input_shape, config)
         slow = chosen_precision(config.precision, self._device) == "float32"
         (any_slow,) = ranks.largest(float(slow))
-        self.precision = "float32" if any_slow else "bfloat16"
-        chosen = replace(config, precision=self.precision)
-        self._objective = Objective(model, data.input_shape, chosen)
+        self._objective.precision = "float32" if any_slow else "bfloat16"
         _check_logits(model, pixels(self._images[:1]), self._labels)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -131,9 +128,7 @@ class Trainer:
             )
         self._optimizers = make_optimizers(config, trained)
         self._trained = trained
-        on_one_gpu = self._device.type == "cuda" and ranks.count == 1
-        graphed = config.cuda_graph and on_one_gpu
-        self._graph = StepGraph(self._gradients, trained) if graphed else None
+        self._graph = self._new_graph()
         self._average: AveragedModel | None = None
         if config.ema:
             average = get_ema_multi_avg_fn(config.ema)
@@ -150,6 +145,11 @@ class Trainer:
     def steps(self) -> int:
         """Number of steps that are done."""
         return self.epoch * self.steps_per_epoch + (self._part.step if self._part else 0)
+
+    @property
+    def precision(self) -> str:
+        """In which the network's products are computed, ``"float32"`` or ``"bfloat16"``."""
+        return self._objective.precision
 
     @property
     def finished(self) -> bool:
@@ -221,7 +221,7 @@ class Trainer:
         epsilon = budget(config, done)
 
         x, labels, share = self._batch(chosen)
-        if self._graph is not None and len(chosen) == config.batch_size:
+        if self._graph is not None:
             means = self._graph(x, labels, epsilon)
         else:  # the gradients of several processes are averaged
             means = self._gradients(x, labels, epsilon, share * self._ranks.count)
@@ -234,6 +234,14 @@ class Trainer:
                 )
         self._update()
         return metrics
+
+    def _new_graph(self) -> StepGraph | None:
+        """A graph to be captured, where steps can be; see `TrainingConfig.cuda_graph`."""
+        on_one_gpu = self._device.type == "cuda" and self._ranks.count == 1
+        waits = self.config.loss == "crm" or is_normalised(self.model)
+        if not (self.config.cuda_graph and on_one_gpu) or waits:
+            return None
+        return StepGraph(self._gradients, self._trained, self.config.batch_size)
 
     def _gradients(
         self, x: Tensor, labels: Tensor, epsilon: float | Tensor, weight: float = 1.0
@@ -283,6 +291,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
             "objective": self._objective.state_dict(),
+            "precision": self.precision,
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "generator": self._generator.get_state(),
             "torch_generator": torch.get_rng_state(),
@@ -295,6 +304,8 @@ class Trainer:
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         self._objective.load_state_dict(state["objective"])
+        self._objective.precision = state.get("precision", self.precision)
+        self._graph = self._new_graph()
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self._generator.set_state(state["generator"])

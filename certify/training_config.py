@@ -100,6 +100,7 @@ class TrainingConfig:
             has none; ``"auto"`` for the faster one.
         compile: let `torch.compile` make the network's forward and backward pass.
         cuda_graph: on one GPU, launch all kernels of a step at once: faster where they are small.
+            Not with ``"crm"`` or batch normalisation, where values decide what comes next.
         channels_last: store images and features with channels last, which some GPUs prefer.
         hold_out: so many of the last training images are left out, to choose settings on.
         seed: of the weights, the order of images, the augmentation and the power iteration.

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from certify import CertifiedModel
 from certify.checkpoints import load_checkpoint, load_model
 from certify.cli import main
+from tests.certify.conftest import SMALL_RUN
 
 WritePng = Callable[[Path, tuple[int, int], int], None]
 WriteCode = Callable[[str, str], None]
@@ -371,6 +372,17 @@ def test_a_run_is_not_overwritten_unasked(run_folder: Path) -> None:
     result = invoke("train", "--out", run_folder, "--resume", "--lr", "0.5")
     assert_one_line(result, "was started with other settings of .*lr")
     assert (run_folder / "ckpt.pt").read_bytes() == before
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on(run_folder: Path, tmp_path: Path) -> None:
+    """Where what it did not know is as it is by default."""
+    checkpoint = load_checkpoint(run_folder / "ckpt.pt")
+    del checkpoint.config["cuda_graph"]
+    (tmp_path / "run").mkdir()
+    checkpoint.save(tmp_path / "run" / "ckpt.pt")
+    asked = ("train", *SMALL_RUN, "--out", tmp_path / "run", "--resume")
+    assert invoke(*asked).exit_code == 0
+    assert_one_line(invoke(*asked, "--cuda-graph"), "other settings of cuda_graph")
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from certify import CertifiedModel, UnsupportedModel
 from certify.bounding import Bounding, merged
@@ -682,6 +682,72 @@ def test_agreement_is_of_each_class_beside_those_of_its_size(mask: float) -> Non
             x[:, hidden] = mask
         assert agree(rounded, logits)
         assert not agree(changed, logits)
+
+
+class Noisy(nn.Module):
+    """Weights that are others each time."""
+
+    def __init__(self, amount: float) -> None:
+        super().__init__()
+        self.amount = amount
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * (1.0 + self.amount * torch.randn_like(weight))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "classes", "mask"),
+    [
+        (torch.float32, 1000, 0.0),
+        (torch.float32, 10, -1e6),
+        (torch.float32, 10, -1e30),
+        (torch.float16, 1000, 0.0),
+        (torch.bfloat16, 1000, 0.0),
+    ],
+    ids=str,
+)
+def test_weights_that_change_are_noticed_in_all_precisions(
+    dtype: torch.dtype, classes: int, mask: float
+) -> None:
+    torch.manual_seed(0)
+    first = nn.Linear(12, 32)
+    parametrize.register_parametrization(first, "weight", Noisy(1.0))
+    last = nn.Linear(32, classes)
+    with torch.no_grad():
+        last.bias[0] += mask
+    model = nn.Sequential(first, nn.ReLU(), last).to(dtype)
+    with pytest.raises(UnsupportedModel, match="not the same each time"):
+        CertifiedModel(model, (12,))
+
+
+class Small(nn.Module):
+    """A class whose logit is nothing but rounding."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.last, self.kind = nn.Linear(6, 16), nn.Linear(16, 4), kind
+        with torch.no_grad():
+            self.last.weight[3], self.last.bias[3] = 0.5, 0.0
+            self.last.weight[2], self.last.bias[2] = 0.0, 1e4
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        if self.kind == "centred":
+            return self.last(h - h.mean(1, keepdim=True))
+        logits = self.last(h)
+        if self.kind == "relative":
+            return logits - torch.logsumexp(logits, 1, keepdim=True)
+        one = (logits[:, :1] + logits[:, 1:2]) - logits[:, :1] - logits[:, 1:2]
+        return torch.cat([logits[:, :3], one], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["centred", "relative", "cancelled"])
+def test_logits_that_are_nothing_but_rounding_are_no_difference(
+    kind: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    CertifiedModel(Small(kind).to(dtype), (6,))
 
 
 def test_the_size_of_the_batch_may_not() -> None:

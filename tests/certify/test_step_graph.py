@@ -72,8 +72,10 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.detach().copy_(value)
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
@@ -109,6 +111,11 @@ def strided_network() -> nn.Module:
     )
 
 
+def smooth_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
 def trained(trainer: Trainer, epochs: int = 2) -> list[Tensor]:
     found = []
     for _ in range(epochs):
@@ -120,7 +127,7 @@ def trained(trainer: Trainer, epochs: int = 2) -> list[Tensor]:
 
 def graphed(trainer: Trainer, memory: list[Tensor]) -> Trainer:
     """As it would be on a GPU."""
-    trainer._graph = StepGraph(trainer._gradients, trainer._trained)
+    trainer._graph = StepGraph(trainer._gradients, trainer._trained, trainer.config.batch_size)
     memory += [*trainer.model.parameters(), *trainer.model.buffers()]
     memory += trainer._objective._estimator.buffers()
     if trainer._objective._smooth is not None:
@@ -143,6 +150,9 @@ RAMP = TrainingConfig(epochs=2, batch_size=10, loss="emma", epsilon_start=0.1, a
         (strided_network, {"loss": "gloro", "log_lipschitz_penalty": 0.1}),
         (strided_network, {"method": "supremum", "loss": "cross-entropy"}),
         (lambda: lipschitz_network(head="softplus"), {"method": "supremum", "loss": "dual"}),
+        (smooth_network, {"loss": "dual", "attack_steps": 3}),
+        (smooth_network, {"loss": "dual-emma"}),
+        (smooth_network, {"loss": "crt", "curvature_penalty": 0.1}),
         (lambda: lipschitz_network(head="softplus"), {"loss": "crt", "curvature_penalty": 0.1}),
     ],
     ids=str,
