@@ -23,8 +23,9 @@ from certify import CertifiedModel
 from certify.attack import Effort
 from certify.checkpoints import load_checkpoint
 from certify.data import load_data
-from certify.evaluation import Report, evaluate
+from certify.evaluation import evaluate
 from certify.option_types import Epsilon
+from certify.report import Report
 from certify.train_options import option_name, option_value
 from certify.training_config import SECOND_ORDER_LOSSES, TrainingConfig
 

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from certify.certified_model import CertifiedModel
     from certify.checkpoints import load_model
     from certify.data import ImageData, load_data
-    from certify.evaluation import Report, evaluate
+    from certify.evaluation import evaluate
     from certify.layers import NetworkReport, report_layers
     from certify.losses import LOSSES, cross_entropy, margin_loss
     from certify.norms import NetworkEstimator
+    from certify.report import Report
     from certify.rules import lipschitz_rule
     from certify.signal import Signal, UnsupportedModel
     from certify.training import train
@@ -56,7 +57,7 @@ _HOME = {
     "ImageData": "data",
     "NetworkEstimator": "norms",
     "NetworkReport": "layers",
-    "Report": "evaluation",
+    "Report": "report",
     "Signal": "signal",
     "TrainingConfig": "training_config",
     "UnsupportedModel": "signal",

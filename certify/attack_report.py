@@ -12,16 +12,10 @@ from torch import Tensor, nn
 from certify.attack import Adversary, Effort
 from certify.attacked import Attacked, attack_all
 from certify.data import ImageData, pixels
-from certify.evaluation import (
-    check_batch,
-    check_budgets,
-    csv_by_index,
-    epsilon_name,
-    finite,
-    percent,
-)
+from certify.evaluation import check_batch, check_budgets
 from certify.folding import copy_with_plain_weights
 from certify.ranks import ALONE, Ranks
+from certify.report import csv_by_index, epsilon_name, finite, percent
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from certify.curves import Curve
-from certify.evaluation import epsilon_name, percent
+from certify.report import epsilon_name, percent
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from certify.bounding import Bounding, Norms
 from certify.centres import proven_walk
 from certify.certified_model import CertifiedModel
-from certify.evaluation import finite
 from certify.graph import LipschitzGraph
 from certify.operators import Convolution, Weighted
+from certify.report import finite
 from certify.signal import Affine, Signal
 from certify.snapshot import exact_copy
 from certify.tightening import TIGHTENINGS, NetworkBound, bound_network

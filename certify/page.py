@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from certify.data import ImageData
-from certify.evaluation import Report, epsilon_name, percent
 from certify.files import write_text
 from certify.layers import NetworkReport
 from certify.plots import COLOURS, GREY, draw_radii, draw_report, draw_training, save
+from certify.report import Report, epsilon_name, percent
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #1d2025;

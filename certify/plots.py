@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from certify.curves import Curve
-from certify.evaluation import Report, epsilon_name
 from certify.files import write_atomically
+from certify.report import Report, epsilon_name
 
 COLOURS = ("#1f5fa8", "#c2401c", "#2f8f4e", "#8a4fbf", "#b8860b", "#00838f", "#ad1457", "#5d4037")
 GREY = "#777777"

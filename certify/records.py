@@ -16,13 +16,13 @@ from torch import Tensor
 from certify.bounding import Norms
 from certify.certified_model import CertifiedModel
 from certify.data import ImageData
-from certify.evaluation import Report
 from certify.files import write_text
 from certify.grid_proofs import MOST, norm_at_most, symbol_norm
 from certify.hashes import hash_of_images, hash_of_model
 from certify.norms import proven_norms
 from certify.operators import Convolution, Weighted
 from certify.ranks import ALONE, Ranks
+from certify.report import Report
 from ff_bounds import supremum_bracket
 
 FORMAT = "certify certificate 1"

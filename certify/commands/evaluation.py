@@ -21,10 +21,10 @@ from certify.commands.options import (
 
 if TYPE_CHECKING:
     from certify.certified_model import CertifiedModel
-    from certify.evaluation import Report
     from certify.norms import Prove
     from certify.page import Page
     from certify.ranks import Ranks
+    from certify.report import Report
 
 
 @click.command("eval", short_help="Certify a data set with a trained classifier.")

@@ -15,8 +15,8 @@ import models
 from certify import Certificate, CertifiedModel, Report, evaluate, load_model
 from certify.attack import Effort
 from certify.data import ImageData, load_data, pixels
-from certify.evaluation import epsilon_name
 from certify.plots import plot_certified_accuracy
+from certify.report import epsilon_name
 
 
 def example() -> Report:
