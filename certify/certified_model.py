@@ -143,7 +143,8 @@ class CertifiedModel:
     def check_rounding(self, certificate: str = "lipschitz") -> None:
         """Refuse a network of which it is not known how much what is computed of it rounds.
 
-        That is its logits, and with ``"curvature"`` and ``"dual"`` their gradients as well.
+        That is its logits, and with ``"curvature"`` and ``"dual"``, and with ``"best"`` where the
+        network has these, their gradients as well.
 
         Raises:
             UnknownRounding: naming the operation.
@@ -152,8 +153,12 @@ class CertifiedModel:
         start = torch.zeros(1, *self.input_shape, dtype=torch.float64, device=self._device)
         one = None if self.precision is None else start.new_ones(1)
         self._allowance(start, start.new_zeros(1).long(), one)
-        if certificate in ("curvature", "dual"):
-            self.smooth.check_rounding()
+        if certificate in ("curvature", "dual", "best"):
+            try:
+                self.smooth.check_rounding()
+            except UnsupportedModel as error:
+                if certificate != "best" or isinstance(error, UnknownRounding):
+                    raise
 
     def _norms(self, operators: Sequence[Weighted]) -> Norms:
         """Norms of operators, as far as they are not proven already."""

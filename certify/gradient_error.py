@@ -44,6 +44,7 @@ from certify.signal import (
     Slopes,
     Sum,
     UnknownRounding,
+    Wrapping,
 )
 from ff_bounds.rounding import product_bound, round_up, sum_bound
 
@@ -114,6 +115,8 @@ class GradientError:
     def __init__(self, forward: ForwardError, precision: Precision = PRECISIONS["float64"]) -> None:
         self._forward = forward
         self._precision = precision
+        uses = [s for o in forward.operations.values() for s in dict.fromkeys(o.sources)]
+        self._once = {signal for signal in uses if uses.count(signal) == 1}
         for operation in forward.operations.values():
             self._check(operation)
 
@@ -167,7 +170,7 @@ class GradientError:
         """Those of all operations, from the last one to the first."""
         links = []
         for operation in reversed(self._forward.operations.values()):
-            sources = dict.fromkeys(operation.sources)
+            sources = self._sources(operation)
             for _, result in operation.results:
                 if isinstance(result.step, Input):
                     continue
@@ -221,9 +224,20 @@ class GradientError:
             self._forward.norms(operator), absolute_norm(operator), _terms_of_adjoint(operator)
         )
 
+    def _sources(self, operation: Operation) -> dict[Signal, None]:
+        """What enters an operation; a convolution may take what circular padding got.
+
+        Its matrix is then that with the padding, which adds the gradients of copies.
+        """
+        found = dict.fromkeys(operation.sources)
+        for signal in operation.sources:
+            if isinstance(signal.step, Wrapping) and signal in self._once:
+                found[signal.parents[0]] = None
+        return found
+
     def _check(self, operation: Operation) -> None:
         """Refuse an operation whose gradient is not known to be computed as the text says."""
-        sources = dict.fromkeys(operation.sources)
+        sources = self._sources(operation)
         for _, result in operation.results:
             if isinstance(result.step, Input) or _bends(result, sources):
                 known = True
@@ -257,21 +271,31 @@ def _bends(result: Signal, sources: Mapping[Signal, None]) -> bool:
     return step.curvature is not None and step.low != step.high and result.parents[0] in sources
 
 
-def _is_affine(signal: Signal, sources: Mapping[Signal, None], result: Signal) -> bool:
-    """Whether it arises from sources by steps that `GradientError` knows as matrices."""
+def _is_affine(
+    signal: Signal, sources: Mapping[Signal, None], result: Signal, added: bool = True
+) -> bool:
+    """Whether it arises from sources by steps that `GradientError` knows as matrices.
+
+    Args:
+        signal: a tensor in an operation.
+        sources: of the operation.
+        result: of it.
+        added: whether between them is nothing but sums and factors.
+    """
     if signal in sources:
         return True
     if signal.origin is not None:
-        return _is_affine(signal.origin, sources, result)
+        return _is_affine(signal.origin, sources, result, added)
     step = signal.step
-    if isinstance(step, Lipschitz):
-        # One step, or the repetition of what is added.
-        alone = signal is result or (isinstance(result.step, Sum) and signal in result.parents)
+    if isinstance(step, Lipschitz):  # one step, or the repetition of what is added
+        alone = signal is result or (added and isinstance(result.step, Sum))
         return step.linear and alone and signal.parents[0] in sources
+    factor = isinstance(step, Affine) and isinstance(step.operator, Scale)
+    added = added and (factor or isinstance(step, Sum))
     if isinstance(step, Slopes) and step.low != step.high:
         return False
     known = isinstance(step, Affine | Flatten | Sum | Concatenation | Slopes)
-    return known and all(_is_affine(parent, sources, result) for parent in signal.parents)
+    return known and all(_is_affine(parent, sources, result, added) for parent in signal.parents)
 
 
 def _terms_of_adjoint(operator: Weighted) -> int:

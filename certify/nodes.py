@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from certify.rules.registry import ROUNDINGS
+from certify.rules.registry import ROUNDINGS, RULES
 from certify.rules.rounding import BY_OPERATOR, Call
 from certify.signal import Affine, Signal, UnknownRounding, Wrapping
 from certify.tracing import kind_of, label_of
@@ -46,10 +46,13 @@ class Operation:
 
     @property
     def is_torchs(self) -> bool:
-        """Whether torch itself does it, and computes its gradient."""
+        """Whether torch itself does it, and computes its gradient, as a rule of ours assumes."""
+        rule = RULES.get(self._key)
+        ours = str(getattr(rule, "__module__", "")).startswith("certify.rules.")
         module = str(getattr(self._key, "__module__", "") or "")
         torchs = module.split(".")[0] in ("torch", "_operator", "builtins")
-        return isinstance(self._key, str) or torchs or self._key is Normalize
+        torchs = torchs or isinstance(self._key, str) or self._key is Normalize
+        return self._starts or (ours and torchs)
 
     def rounding(self, call: Call) -> Tensor:
         """How much it can round; raises `UnknownRounding` where that is not known."""

@@ -144,7 +144,7 @@ class SmoothRadii:
         return features, error.nan_to_num(nan=math.inf, posinf=math.inf)
 
     def _rounding(self, features: Tensor, classes: Tensor) -> Rounding:
-        """What rounding can do within distances that grow, up to twice as far at a time."""
+        """What rounding can do within distances that grow, each to twice what it has to be."""
         assert self._error is not None
         error, known = self._error, features.new_full((len(features),), -1.0)
         found: list[Tensor] = []
@@ -152,7 +152,7 @@ class SmoothRadii:
         def within(distance: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal known
             if not found or bool((distance > known).any()):
-                known = torch.maximum(known, 2.0 * distance)
+                known = torch.where(distance > known, 2.0 * distance, known)
                 found[:] = error.bounds(features, known, classes)
             return found[0], found[1]
 

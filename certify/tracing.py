@@ -150,11 +150,15 @@ def example_of(input_shape: Sequence[int]) -> Tensor:
 def refuse_what_tracing_misses(model: nn.Module) -> None:
     """Refuse hooks and methods replaced on an instance: a graph does not show what they do.
 
+    Hooks of the backward pass as well, as some certificates rest on gradients.
+
     Raises:
         UnsupportedModel: naming the module.
     """
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         raise UnsupportedModel("global forward hooks are registered; remove them")
+    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        raise UnsupportedModel("global backward hooks are registered; remove them")
     for name, module in model.named_modules():
         where = f"module {name or _ROOT!r} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
@@ -166,6 +170,10 @@ def refuse_what_tracing_misses(model: nn.Module) -> None:
         if module._forward_hooks or module._forward_pre_hooks:
             raise UnsupportedModel(
                 f"{where} has forward hooks, which may change values; remove them"
+            )
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise UnsupportedModel(
+                f"{where} has backward hooks, which may change gradients; remove them"
             )
         for attribute, value in vars(module).items():
             if callable(value) and callable(getattr(type(module), attribute, None)):

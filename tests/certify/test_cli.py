@@ -532,6 +532,9 @@ def test_what_is_not_known_to_round_is_certified_exactly_and_said_so(
     assert "radii of exact arithmetic: node '0': it is not known how much" in result.output
     assert re.search(r"^arithmetic +exact beyond the logits$", result.output, re.MULTILINE)
     assert_one_line(invoke(*asked, "--precision", "float32"), "it is not known how much")
+    result = invoke(*asked, "--precision", "exact")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^arithmetic +exact beyond the logits$", result.output, re.MULTILINE)
 
 
 def test_a_broken_certificate_ends_the_run_and_is_saved(

@@ -111,11 +111,28 @@ class Branches(nn.Module):
         return self.last(F.gelu(z)) + x.mean(1, keepdim=True)
 
 
+class Mixed(nn.Module):
+    """Circular padding, seen and unseen by a convolution, and what is repeated and scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")
+        self.second, self.last = nn.Conv2d(3, 3, 3), nn.Linear(48, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.first(x))
+        z = F.pad(y, (1, 1, 1, 1), mode="circular")
+        y = F.softplus(self.second(z), threshold=40.0) - y.mean(1, keepdim=True)
+        wide = F.pad(y, (2, 2, 2, 2), mode="circular")
+        return self.last((torch.rsub(wide[:, :, 2:-2, 2:-2], y) + y).flatten(1))
+
+
 def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     torch.manual_seed(0)
     return {
         "mlp": (models.build("mlp", hidden=(16, 16), activation="softplus"), (1, 28, 28)),
         "branches": (Branches(), (6,)),
+        "mixed": (Mixed(), (2, 4, 4)),
         "convolutions": (
             nn.Sequential(
                 nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"),
@@ -256,8 +273,55 @@ def test_gradients_of_the_users_operations_are_not_known() -> None:
     for certificate in ("curvature", "dual"):
         with pytest.raises(UnsupportedModel, match="its gradient can round"):
             machine.certify(x, certificate)
+    for model_like in (plain, machine):
+        with pytest.raises(UnknownRounding, match="its gradient can round"):
+            model_like.check_rounding("best")
     assert machine.applicable() == ("lipschitz",)
     assert bool((machine.certify(x, "best").radius > 0).all())
+
+
+def test_a_custom_operation_is_the_users_whatever_its_name() -> None:
+    """``torch.library`` gives it the name of a module of torch's."""
+
+    @torch.library.custom_op("certify_tests::negative", mutates_args=())
+    def negative(x: Tensor) -> Tensor:
+        return -x
+
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return 0.01 * gradient
+
+    negative.register_autograd(backward)
+    operation = torch.ops.certify_tests.negative
+    lipschitz_rule(operation, rounding=exact)(lambda x: x.scaled(linear=True))
+    torch.manual_seed(0)
+    ends = nn.Linear(4, 8), nn.Softplus(threshold=40)
+    model = nn.Sequential(*ends, Function(operation), nn.Linear(8, 3))
+    with pytest.raises(UnknownRounding, match="its gradient can round"):
+        CertifiedModel(model, (4,)).check_rounding("dual")
+
+
+def test_hooks_that_may_change_gradients_are_refused() -> None:
+    def smaller(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        return tuple(g * 0.01 for g in inputs)
+
+    def smooth() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 8), nn.Softplus(threshold=40), nn.Linear(8, 3))
+
+    model = smooth()
+    handle = model[1].register_full_backward_hook(smaller)
+    with pytest.raises(UnsupportedModel, match=r"'1' \(Softplus\) has backward hooks"):
+        CertifiedModel(model, (4,))
+    handle.remove()
+    CertifiedModel(model, (4,))
+    handle = model[1].register_full_backward_pre_hook(lambda module, outputs: None)
+    with pytest.raises(UnsupportedModel, match="has backward hooks"):
+        CertifiedModel(model, (4,))
+    handle = nn.modules.module.register_module_full_backward_hook(smaller)
+    try:
+        with pytest.raises(UnsupportedModel, match="global backward hooks"):
+            CertifiedModel(smooth(), (4,))
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("head", [None, "softplus"])
