@@ -22,6 +22,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,8 +116,7 @@ class GradientError:
     def __init__(self, forward: ForwardError, precision: Precision = PRECISIONS["float64"]) -> None:
         self._forward = forward
         self._precision = precision
-        uses = [s for o in forward.operations.values() for s in dict.fromkeys(o.sources)]
-        self._once = {signal for signal in uses if uses.count(signal) == 1}
+        self._uses = Counter(s for o in forward.operations.values() for s in set(o.sources))
         for operation in forward.operations.values():
             self._check(operation)
 
@@ -186,19 +186,17 @@ class GradientError:
                     links.append(_Link(result, source, None, path.norm, rounding))
         return links
 
-    def _paths(
-        self, signal: Signal, sources: Mapping[Signal, None], depth: int = 0
-    ) -> dict[Signal, _Path]:
+    def _paths(self, signal: Signal, sources: Mapping[Signal, None]) -> dict[Signal, _Path]:
         """The affine map from each of an operation's sources to one of its tensors."""
         one = self._number(1.0)
         if signal in sources:
             return {signal: _Path(one, one, 0)}
         if signal.origin is not None:
-            return self._paths(signal.origin, sources, depth)
+            return self._paths(signal.origin, sources)
         own = self._of_step(signal)
         found: dict[Signal, _Path] = {}
         for parent in signal.parents:
-            for source, path in self._paths(parent, sources, depth + 1).items():
+            for source, path in self._paths(parent, sources).items():
                 path = own.after(path)
                 found[source] = found[source].beside(path) if source in found else path
         return found
@@ -231,7 +229,7 @@ class GradientError:
         """
         found = dict.fromkeys(operation.sources)
         for signal in operation.sources:
-            if isinstance(signal.step, Wrapping) and signal in self._once:
+            if isinstance(signal.step, Wrapping) and self._uses[signal] == 1:
                 found[signal.parents[0]] = None
         return found
 

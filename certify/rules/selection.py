@@ -18,7 +18,7 @@ def chosen(x: Signal, axis: int, index: Any) -> Signal:
     """Entries of an axis by their numbers: one that is there ``n`` times counts ``sqrt(n)``."""
     if axis == 0:
         raise UnsupportedModel("a choice of samples")
-    if isinstance(index, Signal):
+    if any(isinstance(i, Signal) for i in (index if isinstance(index, list) else [index])):
         raise UnsupportedModel("indices that depend on the input")
     index = torch.as_tensor(index)
     if index.dtype == torch.bool or index.ndim != 1:

@@ -228,6 +228,8 @@ def test_rule(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         lambda x: x[[0, 1, 2, 3, 4]],
         lambda x: x[:, 0, [0, 1]],
+        lambda x: x[:, [0, x[0, 0].max(-1).indices]],
+        lambda x: x[:, x.max(1).indices],
         lambda x: x[:, [0, 1], [0, 1]],
         lambda x: x[:, PLACES == 2],
         lambda x: x.index_select(0, torch.tensor([0, 1, 2, 3, 4])),
