@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from certify.rules.registry import lipschitz_rule
 from certify.rules.rounding import normalisation, of_products
 from certify.signal import Signal, UnsupportedModel, Wrapping
 from certify.statistics import running_variance
+from ff_bounds import spectral_norm_bound
 from ff_bounds.padding import padding_amounts
 from models import Normalize
 
@@ -30,6 +32,42 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Signal:
 def linear_module(module: nn.Linear, x: Signal) -> Signal:
     """As `linear`, with the weight that the module computes with."""
     return linear(x, module.weight)
+
+
+@lipschitz_rule(torch.einsum)
+def einsum(equation: Any, *operands: Any) -> Signal:
+    """A tensor times a constant one: a matrix from the axes that are summed over to the new ones.
+
+    On the axes that the tensor keeps alone it acts alike; for indices that it shares with the
+    constant the largest matrix counts.
+    """
+    if not isinstance(equation, str) or "." in equation or len(operands) != 2:
+        raise UnsupportedModel("einsum other than of two tensors and an equation without dots")
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    names = terms.split(",")
+    signals = [place for place, value in enumerate(operands) if isinstance(value, Signal)]
+    if len(signals) != 1:
+        raise UnsupportedModel(
+            "einsum multiplies tensors that depend on the input: not Lipschitz on unbounded inputs"
+        )
+    (place,) = signals
+    x: Signal = operands[place]
+    weight, own, other = operands[1 - place], names[place], names[1 - place]
+    if not arrow or any(len(set(letters)) < len(letters) for letters in (own, other, result)):
+        raise UnsupportedModel("einsum without a result, or with a diagonal")
+    if result[:1] != own[0] or own[0] in other:
+        raise UnsupportedModel("einsum that does not keep the batch axis first")
+    if not (set(own) <= set(result) | set(other) and set(other) <= set(result) | set(own)):
+        raise UnsupportedModel("einsum that sums over an axis of one tensor alone")
+    shared = [name for name in other if name in own and name in result]
+    summed = [name for name in other if name in own and name not in result]
+    new = [name for name in other if name not in own and name in result]
+    order = [other.index(name) for name in (*shared, *new, *summed)]
+    matrices = weight.to(torch.float64).permute(order)
+    columns = math.prod(matrices.shape[len(shared) + len(new) :])
+    matrices = matrices.reshape(math.prod(matrices.shape[: len(shared)]), -1, columns)
+    bounds = [spectral_norm_bound(matrix) for matrix in matrices.unbind()]
+    return x.scaled(torch.stack(bounds).amax(), linear=True)
 
 
 def convolution(

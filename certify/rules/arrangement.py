@@ -38,22 +38,16 @@ def dropout(input: Signal, p: float = 0.5, training: bool = True, inplace: bool 
     return input
 
 
-@lipschitz_rule("type_as", rounding=exact)
-def type_as(x: Signal, other: Any) -> Signal:
-    """The same numbers, as all are of one dtype."""
-    if getattr(other, "dtype", x.input.dtype) != x.input.dtype:
-        raise UnsupportedModel(f"a conversion to {other.dtype}")
-    return x
-
-
-@lipschitz_rule("to", rounding=exact)
-def to(x: Signal, *arguments: Any, **named: Any) -> Signal:
-    """Likewise; wherever it is."""
+@lipschitz_rule("to", "type_as", rounding=exact)
+def converted(x: Any, *arguments: Any, **named: Any) -> Any:
+    """The same numbers, as all are of one dtype; wherever they are."""
+    given = (x, *arguments, *named.values())
+    like = next(value.input for value in given if isinstance(value, Signal))
+    if not isinstance(x, Signal):
+        return x.to(like.device, like.dtype)  # a constant, made like what depends on the input
     for value in (*arguments, *named.values()):
-        kind = value if isinstance(value, torch.dtype) else getattr(value, "dtype", x.input.dtype)
-        if isinstance(value, Signal):
-            kind = x.input.dtype
-        if kind != x.input.dtype:
+        kind = value if isinstance(value, torch.dtype) else getattr(value, "dtype", like.dtype)
+        if not isinstance(value, Signal) and kind != like.dtype:
             raise UnsupportedModel(f"a conversion to {kind}")
     return x
 
@@ -92,8 +86,10 @@ def reshape(x: Signal, *shape: Any) -> Signal:
 
 
 @lipschitz_rule("view_as", "reshape_as", rounding=exact)
-def reshape_as(x: Signal, other: Any) -> Signal:
+def reshape_as(x: Any, other: Any) -> Signal:
     """As `reshape`; of the other tensor only the shape matters."""
+    if not isinstance(x, Signal):
+        raise UnsupportedModel("a constant with the shape of a batch")
     return reshape(x, *other.shape)
 
 
@@ -326,8 +322,10 @@ def expand(x: Signal, *sizes: Any) -> Signal:
 
 
 @lipschitz_rule("expand_as", rounding=exact)
-def expand_as(x: Signal, other: Any) -> Signal:
+def expand_as(x: Any, other: Any) -> Signal:
     """As `expand`; of the other tensor only the shape matters."""
+    if not isinstance(x, Signal):
+        raise UnsupportedModel("a constant with the shape of a batch; sums repeat it by themselves")
     return expand(x, *other.shape)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from certify import CertifiedModel, UnsupportedModel
 from models import Normalize
-from tests.certify.rules.harness import NOISE, Case, certify, check, gain, on, trained
+from tests.certify.rules.harness import NOISE, Apply, Case, certify, check, gain, on, trained
 
 ONES = torch.ones(3, dtype=torch.float64)
 MATRIX = torch.tensor([[0.5, 2.0, 1.0], [-3.0, 1.0, 0.0]], dtype=torch.float64)
@@ -23,6 +24,21 @@ KERNELS = {
     axes: torch.linspace(-1, 2, 6 * 2**axes, dtype=torch.float64).reshape(3, 2, *[2] * axes)
     for axes in (1, 2, 3)
 }
+
+
+def joined(equation: str, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """With a constant of the sizes that an equation asks for; ``d`` and ``t`` are new axes."""
+    own, other = equation.partition("->")[0].split(",")
+    sizes = dict(zip(own[1:], shape, strict=True)) | {"d": 4, "t": 2}
+    wanted = [sizes[name] for name in other]
+    constant = torch.linspace(-1.0, 2.0, math.prod(wanted), dtype=torch.float64).reshape(wanted)
+
+    def function(x: Tensor) -> Tensor:
+        found: Tensor = torch.einsum(equation, x, constant)
+        return found[:, None] if equation.endswith("->n") else found
+
+    return function
+
 
 CASES = [
     Case("linear", (nn.Linear,), lambda: nn.Linear(5, 4), (5,)),
@@ -83,6 +99,25 @@ CASES = [
     ),
     Case("normalise", (Normalize,), lambda: Normalize([0.1, 0.2], [0.5, 0.2]), (2, 3, 3)),
     Case("normalise all", (Normalize,), lambda: Normalize([0.1], [0.25]), (3, 2, 2)),
+    *[
+        Case(f"einsum {equation}", (torch.einsum,), on(joined(equation, shape)), shape)
+        for equation, shape in (
+            ("nc,dc->nd", (3,)),
+            ("nsc,dc->nsd", (2, 3)),
+            ("nsc,ts->ntc", (3, 2)),
+            ("nhc,hdc->nhd", (2, 3)),
+            ("nc,c->n", (3,)),
+            ("nc,c->nc", (3,)),
+            ("nc,d->ncd", (3,)),
+            ("nsc,dsc->nd", (2, 3)),
+        )
+    ],
+    Case(
+        "einsum, constant first",
+        (torch.einsum,),
+        on(lambda x: torch.einsum("dc, nc -> nd", MATRIX, x)),
+        (3,),
+    ),
     Case("F.linear", (F.linear,), on(lambda x: F.linear(x, MATRIX)), (3,)),
     Case("conv 1d", (nn.Conv1d,), lambda: nn.Conv1d(2, 3, 3, 2, 1), (2, 7), 1.5),
     Case("conv 3d", (nn.Conv3d,), lambda: nn.Conv3d(1, 2, 2, 2), (1, 4, 4, 4)),
@@ -307,3 +342,20 @@ def test_weights_that_overflow_together_have_no_bound(tighten: str) -> None:
         normed[0].weight.fill_(1e300)
         normed[1].weight.fill_(1e20)
     assert CertifiedModel(normed, (2,), tighten=tighten).lipschitz().item() == math.inf
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: torch.einsum("nc,nc->nc", x, x), "depend on the input"),
+        (lambda x: torch.einsum("nc,dc->dn", x, torch.ones(5, 3).to(x)), "batch axis|batch"),
+        (lambda x: torch.einsum("nc,d->nd", x, torch.ones(2).to(x)), "one tensor alone"),
+        (lambda x: torch.einsum("nc,cd->nc", x, torch.ones(3, 2).to(x)), "one tensor alone"),
+        (lambda x: torch.einsum("nc,cc->nc", x, torch.ones(3, 3).to(x)), "diagonal"),
+        (lambda x: torch.einsum("...c,dc->...d", x, torch.ones(2, 3).to(x)), "dots"),
+        (lambda x: torch.einsum("nc,dc", x, torch.ones(2, 3).to(x)), "without a result|batch"),
+    ],
+)
+def test_einsum_refuses(function: Callable[[torch.Tensor], torch.Tensor], reason: str) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        CertifiedModel(Apply(function), (3,))

@@ -90,6 +90,8 @@ CASES = [
     Case("moveaxis", ("moveaxis",), on(lambda x: x.moveaxis(1, 2)), (2, 3)),
     Case("type as", ("type_as",), on(lambda x: (2.0 * x).type_as(x)), (3,)),
     Case("to", ("to", getattr), on(lambda x: x.to(x.dtype).to(x.device)), (3,)),
+    Case("constant to", ("to",), on(lambda x: x + torch.ones(1, 3).to(x)), (3,)),
+    Case("constant type", ("type_as",), on(lambda x: x * PLACES.type_as(x)), (3,)),
     Case("to another", ("to",), on(lambda x: (x + 1.0).to(x)), (3,)),
     Case("list of entries", (operator.getitem,), on(lambda x: x[:, [2, 0, 2, -1]]), (3, 2)),
     Case("list of columns", (operator.getitem,), on(lambda x: x[:, 1:, [1, 1, 1]]), (3, 2)),
