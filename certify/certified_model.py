@@ -56,9 +56,9 @@ class CertifiedModel:
     What is proven: without a ``precision``, the radii hold for the network with the stored weights,
     computed in exact arithmetic. The bounds include all rounding, and that of the float64 passes
     that compute logits and gradients is paid for, unless `check_rounding` refuses; else it is not
-    (about 1e-13 relative). With a ``precision``, the radii hold for what a machine computes in that arithmetic
-    (`certify.precision` says what is assumed of it), here and at perturbed inputs that are numbers
-    of it, or of float32 where it is coarser.
+    (about 1e-13 relative). With a ``precision``, the radii hold for what a machine computes in that
+    arithmetic (`certify.precision` says what is assumed of it), here and at perturbed inputs that
+    are numbers of it, or of float32 where it is coarser.
 
     Args:
         model: a module that maps ``(N, *input_shape)`` to logits ``(N, C)``, or a program of
