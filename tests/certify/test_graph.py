@@ -788,8 +788,11 @@ def test_the_size_of_the_batch_may_not() -> None:
     ],
 )
 def test_the_size_of_a_batch_may_not_be_computed_with(function: Callable[..., Any]) -> None:
-    """Where it shows in no batch of the examples, which have one, two or five samples."""
-    with pytest.raises(UnsupportedModel, match="batch"):
+    """Where it shows in no batch of the examples, which have one, two or five samples.
+
+    Torch 2.6 does not trace some of them at all.
+    """
+    with pytest.raises(UnsupportedModel, match="batch|cannot be traced"):
         CertifiedModel(forward(function)(), (4,))
 
 
