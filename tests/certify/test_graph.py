@@ -792,7 +792,7 @@ def test_the_size_of_a_batch_may_not_be_computed_with(function: Callable[..., An
 
     Torch 2.6 does not trace some of them at all.
     """
-    with pytest.raises(UnsupportedModel, match="batch|cannot be traced"):
+    with pytest.raises(UnsupportedModel, match=r"batch|cannot be traced"):
         CertifiedModel(forward(function)(), (4,))
 
 
